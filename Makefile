@@ -1,0 +1,72 @@
+# Everything a newcomer or CI needs; plain `make` prints this list. Python 3.11 is the only requirement.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= mm,report,dev
+comma := ,
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Two cores: one thread each for what runs side by side; a thread pool larger than the machine only waits.
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo fmt lint type test test-host test-all contract docs bench check room new-room clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): setup.cfg requirements/lock.txt
+	@echo "== setting up $(VENV) with the versions of requirements/lock.txt (a few minutes the first time)"
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c requirements/lock.txt "setuptools<81" wheel
+	$(BIN)/pip install --quiet --no-build-isolation -c requirements/lock.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+install: $(STAMP) ## Set up .venv with the locked versions (does nothing the second time)
+
+demo: install ## One detector teaches another on real images; writes demo_out/index.html
+	$(BIN)/python tools/demo.py
+
+fmt: install ## Format the code
+	$(BIN)/ruff check --fix --quiet .; $(BIN)/ruff format .
+
+lint: install ## Ruff: lint and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: install ## mypy on cores, configs and what they need
+	$(BIN)/mypy
+
+contract: install ## House rules over all rooms
+	$(BIN)/python -m pytest tests/contract -q -m "not host"
+
+test: install ## Contract, unit and host tiers
+	$(BIN)/python -m pytest -m "not slow and not perf and not gpu"
+
+test-host: install ## Host tier alone: real Runner, real launchers, command lines
+	$(BIN)/python -m pytest -m "host and not slow"
+
+test-all: install ## Every tier that this machine can run
+	$(BIN)/python -m pytest -m "not perf"
+
+docs: install ## Fill the generated parts of README and docs
+	$(BIN)/python tools/make_docs.py
+
+bench: install ## Every benchmark at its short setting
+	@for file in benchmarks/*.py; do case $$file in benchmarks/record.py) continue;; esac; \
+		echo "== $$file"; $(BIN)/python $$file --short || exit 1; done
+
+check: lint type test ## What CI runs before a merge
+	$(BIN)/python tools/make_docs.py --check
+
+room: install ## One room's tests and benchmark: make room NAME=pkd
+	@test -n "$(NAME)" || { echo "say which room: make room NAME=pkd"; exit 2; }
+	$(BIN)/python -m pytest tests -k $(NAME)
+	$(BIN)/python benchmarks/$(NAME).py --short
+
+new-room: install ## Empty doors of a new room: make new-room PKG=hf_plugins NAME=my_method
+	$(BIN)/python tools/new_room.py "$(PKG)" "$(NAME)"
+
+clean: ## Remove what runs have written (keeps .venv)
+	rm -rf work_dirs demo_out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,50 @@
+"""Generated parts of the docs: filled from their sources, stale ones found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import make_docs
+
+RECORD = {
+    "name": "toy",
+    "command": "python benchmarks/toy.py",
+    "config": {},
+    "versions": {"torch": "2.13.0"},
+    "seeds": [0, 1],
+    "hardware": "2 cores",
+    "table": {"columns": ["what", "ratio"], "rows": [["a|b", 1.23456], ["c", "x"]]},
+    "notes": ["A note."],
+}
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results" / "toy.json").write_text(json.dumps(RECORD))
+    (tmp_path / "README.md").write_text("Before\n<!-- results:toy -->\nold\n<!-- /generated -->\nAfter\n")
+    return tmp_path
+
+
+def test_table_with_its_provenance(repository: Path) -> None:
+    assert make_docs.stale_files(repository) == ["README.md"]
+    text = make_docs.render((repository / "README.md").read_text(), module="", root=repository)
+    assert "| a\\|b | 1.235 |" in text
+    assert "Repeat: `python benchmarks/toy.py` (seeds 0, 1)." in text
+    assert text.startswith("Before\n")
+    assert text.endswith("<!-- /generated -->\nAfter\n")
+    (repository / "README.md").write_text(text)
+    assert make_docs.stale_files(repository) == []
+
+
+def test_table_without_measurement_is_refused(repository: Path) -> None:
+    (repository / "docs/results/toy.json").unlink()
+    with pytest.raises(FileNotFoundError, match="run the benchmark that writes it"):
+        make_docs.stale_files(repository)
+
+
+def test_options_of_a_dataclass_and_of_a_constructor() -> None:
+    assert "| `seeds` | `False` |" not in make_docs.options_part("tools.training_runs.Training")
+    table = make_docs.options_part("mm_plugins.pkd.loss.PKDLoss")
+    assert "| `loss_weight` | `1.0` | Factor of the loss, >= 0. |" in table

@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -152,7 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each side")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--short", action="store_true", help="small maps, two rounds, result not kept")
     args = parser.parse_args(argv)
+    if args.short:
+        args.scale, args.rounds, args.out = 0.25, 2, Path(tempfile.mkdtemp(prefix="benchmark-"))
     torch.set_num_threads(args.threads)
     found = {}
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:

@@ -86,6 +86,27 @@ def sampled_columns(
     return sums.view(num_images * out_h * out_w, num_taps, channels)
 
 
+def leading_entries(values_NSHW: Tensor, out_size: Pair) -> Tensor:
+    """The part of an offset or mask that mmcv's compiled version 2 reads when it is larger than the output.
+
+    mmcv takes the memory of each image as if it had the output's height and width, and so reads its first
+    ``S * P * Q`` entries. DyHead passes the offsets of a finer level to a coarser one, and its published
+    weights were trained with that reading.
+
+    Args:
+        values_NSHW: Offset or mask (N, S, H, W).
+        out_size: Height P and width Q of the output.
+
+    Returns:
+        (N, S, P, Q); the tensor itself if the sizes agree or it is too small (which the caller refuses).
+    """
+    num_images, num_values = values_NSHW.shape[:2]
+    needed = num_values * out_size[0] * out_size[1]
+    if tuple(values_NSHW.shape[2:]) == tuple(out_size) or values_NSHW[0].numel() < needed:
+        return values_NSHW
+    return values_NSHW.flatten(1)[:, :needed].reshape(num_images, num_values, *out_size)
+
+
 def deform_conv2d(
     input_NCHW: Tensor,
     offset_NSPQ: Tensor,

@@ -16,7 +16,7 @@ from mm_plugins.compat.portable.border_align import border_align, border_align_a
 from mm_plugins.compat.portable.boxes import bbox_overlaps as box_overlaps
 from mm_plugins.compat.portable.carafe import carafe
 from mm_plugins.compat.portable.deform_attn import ms_deform_attn
-from mm_plugins.compat.portable.deform_conv import deform_conv2d, images_per_chunk
+from mm_plugins.compat.portable.deform_conv import deform_conv2d, images_per_chunk, leading_entries
 from mm_plugins.compat.portable.focal_loss import (
     sigmoid_focal_loss,
     sigmoid_focal_loss_grad,
@@ -446,12 +446,13 @@ def modulated_deform_conv_forward(
     convolve: Callable[..., Tensor] = deform_conv2d,
 ) -> None:
     """Version 2 into ``output``; work buffers are not used."""
+    out_size = (output.shape[2], output.shape[3])
     for chunk in _chunks(offset, kernel_h * kernel_w, input.shape[1]):
         with _given_dtypes(input):
             output[chunk] = convolve(
                 input[chunk],
-                offset[chunk],
-                mask[chunk],
+                leading_entries(offset[chunk], out_size),
+                leading_entries(mask[chunk], out_size),
                 weight,
                 bias if with_bias else None,
                 stride=(stride_h, stride_w),
@@ -492,11 +493,13 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Add the gradients by input, offset, mask, weight and bias to their buffers."""
 
+    out_size = (grad_output.shape[2], grad_output.shape[3])
+
     def conv(x: Tensor, shift: Tensor, factor: Tensor, kernel: Tensor) -> Tensor:
         return convolve(
             x,
-            shift,
-            factor,
+            leading_entries(shift, out_size),
+            leading_entries(factor, out_size),
             kernel,
             stride=(stride_h, stride_w),
             padding=(pad_h, pad_w),

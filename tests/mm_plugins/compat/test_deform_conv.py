@@ -185,3 +185,27 @@ def test_no_images() -> None:
     case = random_case(0)
     got = core.deform_conv2d(case.maps[:0], case.offset[:0], case.mask[:0], case.weight, padding=(1, 1))
     assert got.shape == (0, 6, 5, 6)
+
+
+def test_larger_offset_is_read_as_flat_memory_by_hand() -> None:
+    """Two values of 2 x 2, output 1 x 2: the first 2 * 1 * 2 = 4 entries of 0..7, so 0 1 and 2 3."""
+    values = torch.arange(8.0).view(1, 2, 2, 2)
+    assert core.leading_entries(values, (1, 2)).tolist() == [[[[0.0, 1.0]], [[2.0, 3.0]]]]
+    assert core.leading_entries(values, (2, 2)) is values
+    assert core.leading_entries(values, (3, 3)) is values
+
+
+@pytest.mark.parity
+def test_offsets_of_a_finer_level_as_dyhead_passes_them() -> None:
+    """Sums of magnitudes recorded from compiled mmcv 2.1.0 (CPU, torch 2.13) on the same seeded tensors."""
+    from mmcv.ops import modulated_deform_conv2d
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 8, 8, generator=generator).requires_grad_()
+    offset = torch.randn(2, 18, 16, 16, generator=generator).requires_grad_()
+    mask = torch.rand(2, 9, 16, 16, generator=generator).requires_grad_()
+    weight = torch.randn(3, 4, 3, 3, generator=generator).requires_grad_()
+    out = modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, 1, 1)
+    (out * torch.arange(out.numel()).view_as(out).sin()).sum().backward()
+    sums = [t.double().abs().sum().item() for t in (out, x.grad, offset.grad, mask.grad, weight.grad)]
+    assert sums == pytest.approx([505.8527, 436.2647, 1846.8239, 1043.3244, 185.4396], abs=2e-3)

@@ -1,5 +1,5 @@
 # Everything a newcomer or CI needs; plain `make` prints this list. Python 3.11 is the only requirement.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= mm,report,dev
@@ -17,7 +17,7 @@ help: ## This list
 
 $(STAMP): setup.cfg requirements/lock.txt
 	@echo "== setting up $(VENV) with the versions of requirements/lock.txt (a few minutes the first time)"
-	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || { echo "Python 3.11 is needed, found none; name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c requirements/lock.txt "setuptools<81" wheel
 	$(BIN)/pip install --quiet --no-build-isolation -c requirements/lock.txt -e ".[$(EXTRAS)]"

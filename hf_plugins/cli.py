@@ -41,7 +41,7 @@ def find_rooms(root: Path | None = None) -> list[Room]:
     for package in PACKAGES:
         for init in sorted((root / package).glob("*/__init__.py")):
             folder = init.parent
-            if folder.name in SHARED or not (folder / "README.md").is_file():
+            if folder.name in SHARED:
                 continue
             docstring = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
             rooms.append(
@@ -86,6 +86,10 @@ def _dispatch(method: str, arguments: Sequence[str], rooms: Sequence[Room]) -> i
             f"mmhf: {room.name} needs the package {error.name!r}, which is not installed. "
             f'Install the extra: pip install "mmhf-plugins[{extra}]"; `mmhf doctor` tells the rest.\n'
         )
+        return 1
+    except ImportError as error:
+        # The room's own package has said what is missing and how to get it.
+        sys.stderr.write(f"mmhf: {error}\n")
         return 1
     return command.main(list(arguments))
 

@@ -12,7 +12,6 @@ def _room(root: Path, name: str, *, command: str | None) -> None:
     folder = root / "hf_plugins" / name
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text('"""What it is for."""\n')
-    (folder / "README.md").write_text("# x\n")
     if command is not None:
         (folder / "__main__.py").write_text(command)
 
@@ -67,6 +66,12 @@ def test_missing_package_names_the_extra(toy_room: Path, capsys: pytest.CaptureF
     error = capsys.readouterr().err
     assert "needs the package 'a_package_that_is_not_there'" in error
     assert 'pip install "mmhf-plugins[hf]"' in error
+
+
+def test_what_the_package_says_is_missing_is_passed_on(toy_room: Path, capsys: pytest.CaptureFixture) -> None:
+    room = _toy(toy_room, "toy_says", "raise ImportError('install the extra mm')\n")
+    assert cli._dispatch("toy", [], [room]) == 1
+    assert capsys.readouterr().err == "mmhf: install the extra mm\n"
 
 
 def test_room_without_command_says_where_to_look(toy_room: Path, capsys: pytest.CaptureFixture) -> None:

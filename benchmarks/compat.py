@@ -26,6 +26,11 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.record import RESULTS, write_result  # noqa: E402
+
 SEED = 0
 Run = Callable[..., Tensor | tuple[Tensor, ...]]
 Case = tuple[Run, list[Tensor]]
@@ -312,13 +317,21 @@ def compare(name: str, portable: Worker, reference: Worker | None, rounds: int) 
     return row
 
 
-def cpu_name() -> str:
-    """Name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    names = [
-        line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-    ]
-    return names[0] if names else platform.processor()
+def table_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of the docs' table: one case and part a row."""
+    rows = []
+    for name, row in results.items():
+        gap = row.get("max_abs_diff")
+        for part in ("forward", "backward"):
+            if part not in row:
+                continue
+            times, ratio = row[part]["portable_s"], row[part].get("ratio")
+            told = "no CPU kernel there"
+            if ratio:
+                told = f"{ratio['median']:.2g} ({ratio['min']:.2g}-{ratio['max']:.2g})"
+            difference = "" if gap is None else f"{gap['values' if part == 'forward' else 'gradients']:.1e}"
+            rows.append([name, part, f"{times['median']:.3g}", told, difference])
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -329,43 +342,53 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reference-python", help="Interpreter with a compiled mmcv to compare with.")
     parser.add_argument("--rounds", type=int, default=7, help="Timed runs of each case in each interpreter.")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/results/compat.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="Folder of the result file.")
+    parser.add_argument("--short", action="store_true", help="Two cases, two rounds, result not kept.")
     parser.add_argument("--serve", choices=["suite", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
         serve(args.serve == "suite")
         return 0
+    if args.short:
+        args.cases, args.rounds, args.out = args.cases[:2], 2, Path(tempfile.mkdtemp(prefix="benchmark-"))
     portable = Worker(sys.executable, with_suite=True)
     reference = Worker(args.reference_python, with_suite=False) if args.reference_python else None
-    rows = {}
+    results = {}
     for name in args.cases:
         peer = None if name in WITHOUT_REFERENCE else reference
-        rows[name] = compare(name, portable, peer, args.rounds)
-        print(name, json.dumps({k: v.get("ratio", v.get("portable_s")) for k, v in rows[name].items()
-                                if k != "max_abs_diff"}), file=sys.stderr)  # fmt: skip
-    result = {
-        "config": {"rounds": args.rounds, "cases": args.cases, "threads": 1, "clock": "process CPU seconds"},
-        "seed": SEED,
-        "versions": {"portable": portable.versions, "reference": reference.versions if reference else None},
-        "hardware": {"cpu": cpu_name(), "cpu_count": os.cpu_count()},
-        "peak_rss_mib": {
-            "portable": portable.peak_rss_kib / 1024,
-            "reference": reference.peak_rss_kib / 1024 if reference else None,
-        },
-        "results": rows,
-    }
+        results[name] = compare(name, portable, peer, args.rounds)
+        print(name, file=sys.stderr, flush=True)
     for worker in (portable, reference):
         if worker is not None:
             worker.close()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    summary = {
-        f"{name} {part}": round(row[part].get("ratio", row[part]["portable_s"])["median"], 4)
-        for name, row in rows.items()
-        for part in ("forward", "backward")
-        if part in row
-    }
-    print(json.dumps({"benchmark": "compat", "ratio_or_seconds": summary}))
+    path = write_result(
+        "compat",
+        command=f"python -m benchmarks.compat --rounds {args.rounds} --reference-python PYTHON",
+        config={
+            "rounds": args.rounds,
+            "cases": args.cases,
+            "threads": 1,
+            "clock": "process CPU seconds",
+            "reference": reference.versions if reference else None,
+        },
+        seeds=[SEED],
+        packages=("mmcv-lite", "numpy"),
+        columns=["case", "part", "portable, s", "portable / compiled, median (range)", "largest difference"],
+        rows=table_rows(results),
+        notes=[
+            "One thread, both interpreters in turns on the same inputs; below 1 the portable op is faster "
+            "than mmcv 2.1.0's compiled CPU op. PYTHON is an interpreter with a compiled mmcv."
+        ],
+        details={
+            "results": results,
+            "peak_rss_mib": {
+                "portable": portable.peak_rss_kib / 1024,
+                "reference": reference.peak_rss_kib / 1024 if reference else None,
+            },
+        },
+        folder=args.out,
+    )
+    print(json.dumps({"benchmark": "compat", "result": path.name, "cases": len(results)}))
     return 0
 
 

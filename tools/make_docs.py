@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 PART = re.compile(r"(<!-- (results|options):([\w.]+) -->\n).*?(<!-- /generated -->)", flags=re.S)
 
 

@@ -115,7 +115,6 @@ def test_handful_trains_and_predicts(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.host
 @pytest.mark.parametrize("name", working_configs())
 def test_family_works_as_recorded(name: str) -> None:
     case = next(case for case in zoo.cases() if case.name == name)

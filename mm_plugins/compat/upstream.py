@@ -103,6 +103,35 @@ def repair_roi_align_choice(roi_align: type, *, torchvision_imports: bool) -> No
     roi_align.__init__ = init  # type: ignore[misc]
 
 
+def boxes_meet_image(boxes_N4: Tensor, img_h: int, img_w: int) -> bool:
+    """Whether the rectangle around all boxes (x1, y1, x2, y2 in pixels) has a pixel of the image in it."""
+    low, high = boxes_N4.amin(dim=0).tolist(), boxes_N4.amax(dim=0).tolist()
+    return low[0] < img_w and low[1] < img_h and high[2] > 0 and high[3] > 0
+
+
+def repair_mask_paste(module: ModuleType) -> None:
+    """mmdet 3.3.0 on the CPU: a mask whose box lies outside of the image is pasted as zeros.
+
+    The CPU's short cut cuts the canvas to the boxes and asks for a range that ends before it begins; the
+    whole canvas, which the CUDA path always takes, has no such trouble (hits QueryInst, whose boxes are not
+    clipped).
+
+    Args:
+        module: ``mmdet.models.roi_heads.mask_heads.fcn_mask_head``.
+    """
+    original: Callable[..., tuple] = module._do_paste_mask
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def paste(masks: Tensor, boxes: Tensor, img_h: int, img_w: int, skip_empty: bool = True) -> tuple:
+        skip_empty = skip_empty and boxes_meet_image(boxes, img_h, img_w)
+        return original(masks, boxes, img_h, img_w, skip_empty=skip_empty)
+
+    setattr(paste, _MARK, True)
+    module._do_paste_mask = paste  # type: ignore[attr-defined]
+
+
 def repair_upstream(*, torchvision_imports: bool) -> None:
     """Apply all repairs of this file; idempotent.
 
@@ -113,6 +142,7 @@ def repair_upstream(*, torchvision_imports: bool) -> None:
     import mmdet.models.dense_heads
 
     repair_ssd_prediction(mmdet.models.dense_heads.SSDHead)
+    repair_mask_paste(importlib.import_module("mmdet.models.roi_heads.mask_heads.fcn_mask_head"))
     repair_roi_align_choice(mmcv.ops.RoIAlign, torchvision_imports=torchvision_imports)
     if importlib.util.find_spec("mmseg") is not None:
         repair_weighted_cross_entropy(importlib.import_module("mmseg.models.losses.cross_entropy_loss"))

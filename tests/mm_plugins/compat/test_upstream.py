@@ -5,11 +5,17 @@ import torch
 import torch.nn.functional as F
 from mmcv.ops import RoIAlign
 from mmdet.models.dense_heads import SSDHead
+from mmdet.models.roi_heads.mask_heads import fcn_mask_head
 from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.losses import cross_entropy_loss as module
 
 import mm_plugins  # noqa: F401
-from mm_plugins.compat.upstream import repair_roi_align_choice, repair_upstream, weighted_mean_factor
+from mm_plugins.compat.upstream import (
+    boxes_meet_image,
+    repair_roi_align_choice,
+    repair_upstream,
+    weighted_mean_factor,
+)
 
 
 def test_denominator_by_hand() -> None:
@@ -57,3 +63,21 @@ def test_repairs_are_applied_once() -> None:
     before = module.cross_entropy
     repair_upstream(torchvision_imports=True)
     assert module.cross_entropy is before
+
+
+def test_rectangle_and_image_by_hand() -> None:
+    """An image of 4 x 6 (rows, columns); a box right of it, one above it, and both, whose hull crosses it."""
+    right, above = [7.0, 1.0, 9.0, 3.0], [1.0, -5.0, 3.0, -2.0]
+    assert not boxes_meet_image(torch.tensor([right]), 4, 6)
+    assert not boxes_meet_image(torch.tensor([above]), 4, 6)
+    assert boxes_meet_image(torch.tensor([right, above]), 4, 6)
+
+
+def test_mask_outside_of_the_image_is_pasted_as_zeros() -> None:
+    masks, box = torch.ones(1, 1, 2, 2), torch.tensor([[9.0, 1.0, 11.0, 3.0]])
+    pasted, region = fcn_mask_head._do_paste_mask(masks, box, 4, 6, skip_empty=True)
+    assert pasted.shape == (1, 4, 6)
+    assert region == ()
+    assert not pasted.any()
+    with pytest.raises(RuntimeError, match="upper bound"):
+        fcn_mask_head._do_paste_mask.__wrapped__(masks, box, 4, 6, skip_empty=True)

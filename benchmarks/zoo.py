@@ -296,8 +296,9 @@ LARGER_IMAGES: dict[str, int] = {
     "mobilenet-v3-d8-scratch-s_lraspp_4xb4-320k_cityscapes-512x1024": 512,
 }
 """Image sides by host, and by config where the model needs more."""
-NEEDS_PRETRAINED = ("san-vit-b16_coco-stuff164k-640x640",)
-"""Models whose ``init_weights`` only takes pretrained weights; `initialise` does it for them."""
+NEEDS_PRETRAINED = ("san-vit-b16_coco-stuff164k-640x640", "tridentnet_r50-caffe_1x_coco")
+"""Models that only pretrained weights initialise (mmdet's TridentConv is uninitialised memory without them);
+`initialise` does it for them."""
 
 FEW = {
     "num_queries": 20,

@@ -193,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
     """Train what is not trained yet, print the table, write the page; returns the exit code."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "demo_out", help="folder of the page and the runs")
-    parser.add_argument("--teacher-epochs", type=int, default=10, help="epochs of the teacher")
+    parser.add_argument("--teacher-epochs", type=int, default=8, help="epochs of the teacher")
     parser.add_argument("--student-epochs", type=int, default=8, help="epochs of each student")
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs")
     args = parser.parse_args(argv)

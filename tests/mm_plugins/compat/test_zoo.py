@@ -71,7 +71,10 @@ def test_shrink_by_hand() -> None:
         (RuntimeError('Please run "mim install mmpretrain" to install'), "needs package mmpretrain"),
         (ImportError('Please run "pip install sklearn" to install sklearn'), "needs package scikit-learn"),
         (zoo.DownloadRefused("https://x/y.pth would be fetched"), "needs download"),
-        (RuntimeError("upper bound and lower bound inconsistent with step sign"), "fails upstream"),
+        (
+            TypeError("CascadeRPNHead.__init__() missing 1 required positional argument: 'num_classes'"),
+            "fails upstream",
+        ),
         (ValueError("something else"), "fails"),
     ],
 )

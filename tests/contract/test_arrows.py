@@ -84,10 +84,14 @@ def test_hf_side_costs_nothing_to_import() -> None:
     assert _loaded("import hf_plugins", hosts) == "[]"
 
 
-def test_mm_side_loads_no_hugging_face() -> None:
-    assert (
-        _loaded("import mm_plugins", ("transformers", "peft", "accelerate", "trl", "opacus", "flwr")) == "[]"
-    )
+def test_mm_side_needs_no_hugging_face() -> None:
+    """mmdet imports transformers where it is installed; ours must import without it as well."""
+    names = ("transformers", "peft", "accelerate", "trl", "opacus", "flwr")
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({names!r})); import mm_plugins"
+    code = f"{blocked}; print([name for name in {names!r} if sys.modules[name]])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
 def test_command_line_loads_only_the_standard_library() -> None:

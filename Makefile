@@ -56,7 +56,7 @@ docs: install ## Fill the generated parts of README and docs
 	$(BIN)/python tools/make_docs.py
 
 bench: install ## Every benchmark at its short setting
-	@for file in benchmarks/*.py; do case $$file in benchmarks/record.py) continue;; esac; \
+	@for file in benchmarks/*.py; do case $$file in benchmarks/record.py|benchmarks/__init__.py) continue;; esac; \
 		echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py) --short || exit 1; done
 
 check: lint type test ## What CI runs before a merge

@@ -19,7 +19,13 @@ ROLES = {package: MM_ROLES | HF_ROLES for package in PACKAGES}
 # Doors of every room that are neither core nor adapter.
 DOORS = frozenset({"__init__", "__main__", "config"})
 # A core may import one more library of its field, with the reason.
-CORE_LIBRARIES: dict[str, dict[str, str]] = {}
+CORE_LIBRARIES: dict[str, dict[str, str]] = {
+    "lau": {"triton": "CUDA kernels are written in it; imported only when that backend is asked for"},
+    "tee_split": {
+        "cryptography": "every primitive of the channel: nothing home-made below the frame layer",
+        "dcap_qvl": "verifies Intel SGX and TDX quotes",
+    },
+}
 # The one exception to "no room imports another room".
 ROOM_IMPORTS = {"dpnas": {"dp"}}
 

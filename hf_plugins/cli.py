@@ -19,6 +19,14 @@ PACKAGES = ("mm_plugins", "hf_plugins")
 SHARED = frozenset({"compat", "rounds", "data_ops"})
 # The leak scanner is asked for by what it does, not by the name of the paper's attack.
 ALIASES = {"leak-scan": "embed-parrot"}
+# Rooms that need more than their side's extra.
+EXTRAS = {
+    "tee-split": "hf,tee",
+    "dp-fedavg": "hf,federated",
+    "hpn": "hf,federated",
+    "dpf-cm": "hf,data",
+    "autodp": "hf,data",
+}
 
 
 class Room(NamedTuple):
@@ -81,7 +89,7 @@ def _dispatch(method: str, arguments: Sequence[str], rooms: Sequence[Room]) -> i
     try:
         command = importlib.import_module(f"{room.module}.__main__")
     except ModuleNotFoundError as error:
-        extra = "mm" if room.module.startswith("mm_") else "hf"
+        extra = EXTRAS.get(room.name, "mm" if room.module.startswith("mm_") else "hf")
         sys.stderr.write(
             f"mmhf: {room.name} needs the package {error.name!r}, which is not installed. "
             f'Install the extra: pip install "mmhf-plugins[{extra}]"; `mmhf doctor` tells the rest.\n'

@@ -68,6 +68,12 @@ def test_missing_package_names_the_extra(toy_room: Path, capsys: pytest.CaptureF
     assert 'pip install "mmhf-plugins[hf]"' in error
 
 
+def test_a_room_with_an_extra_of_its_own_names_it(toy_room: Path, capsys: pytest.CaptureFixture) -> None:
+    room = _toy(toy_room, "toy_tee", "import a_package_that_is_not_there\n")._replace(name="tee-split")
+    assert cli._dispatch("tee-split", [], [room]) == 1
+    assert 'pip install "mmhf-plugins[hf,tee]"' in capsys.readouterr().err
+
+
 def test_what_the_package_says_is_missing_is_passed_on(toy_room: Path, capsys: pytest.CaptureFixture) -> None:
     room = _toy(toy_room, "toy_says", "raise ImportError('install the extra mm')\n")
     assert cli._dispatch("toy", [], [room]) == 1

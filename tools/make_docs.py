@@ -76,7 +76,8 @@ def options_part(dotted: str) -> str:
     """The options of a dataclass (its ``help`` texts) or of a constructor (its ``Args:`` section)."""
     module, name = dotted.rsplit(".", 1)
     target = getattr(importlib.import_module(module), name)
-    if dataclasses.is_dataclass(target):
+    # A config of transformers is a dataclass of options of its own besides those that its constructor names.
+    if dataclasses.is_dataclass(target) and not hasattr(target, "model_type"):
         rows = [
             (f"`{f.name}`", f"`{_default(f)}`", f.metadata.get("help", ""))
             for f in dataclasses.fields(target)

@@ -1,5 +1,6 @@
 """Generated parts of the docs: filled from their sources, stale ones found."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -42,6 +43,27 @@ def test_table_without_measurement_is_refused(repository: Path) -> None:
     (repository / "docs/results/toy.json").unlink()
     with pytest.raises(FileNotFoundError, match="run the benchmark that writes it"):
         make_docs.stale_files(repository)
+
+
+@dataclasses.dataclass
+class _HostConfig:
+    """Stands for a config of transformers: a dataclass whose constructor is written by hand.
+
+    Args:
+        width: Units of a layer.
+    """
+
+    model_type = "toy"
+    of_the_host: int = 1
+
+    def __init__(self, width: int = 8) -> None:
+        self.width = width
+
+
+def test_a_config_of_transformers_shows_its_own_options() -> None:
+    table = make_docs.options_part(f"{__name__}._HostConfig")
+    assert "| `width` | `8` | Units of a layer. |" in table
+    assert "of_the_host" not in table
 
 
 def test_options_of_a_dataclass_and_of_a_constructor() -> None:

@@ -47,7 +47,8 @@ def read_text(path: Path) -> str:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file, plain or ``.gz``."""
-    return [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+    # Not splitlines: that also cuts at separators that a JSON string may hold.
+    return [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
 
 
 def minilm() -> Path:

@@ -22,8 +22,8 @@ def test_an_absent_set_says_where_it_was_sought(tmp_path: Path, monkeypatch: pyt
 
 
 def test_rows_are_read_packed_and_plain(tmp_path: Path) -> None:
-    rows = [{"text": "a"}, {"text": "\u00e9\u4e2d"}]
-    lines = "\n".join(json.dumps(row) for row in rows) + "\n\n"
+    rows = [{"text": "a"}, {"text": "\u00e9\u4e2d"}, {"text": "one\u2028record"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write(lines)

@@ -27,6 +27,9 @@ AccountantName = Literal["auto", "pld", "rdp", "prv"]
 _INSTALL = "privacy accounting needs dp-accounting; run: pip install 'mmhf-plugins[hf]'"
 # Largest noise multiplier that calibration tries before it calls a budget out of reach.
 _LARGEST_NOISE = 1e5
+# Grid of the privacy loss in PLD: what is reported, and the ten times cheaper one that calibration starts on.
+# Both round towards more loss, so the coarse one never promises too little noise.
+_FINE_GRID, _COARSE_GRID = 1e-4, 1e-3
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -132,6 +135,10 @@ def composed_epsilon(
             asked about anything but poisson sampling.
         ImportError: If dp-accounting (or Opacus for ``prv``) is missing.
     """
+    return _composed(releases, delta, accountant, _FINE_GRID)
+
+
+def _composed(releases: Sequence[Release], delta: float, accountant: AccountantName, grid: float) -> float:
     if not 0 < delta < 1:
         raise ValueError(f"delta must lie in (0, 1); got {delta}. Take less than 1 / number of records.")
     if accountant not in get_args(AccountantName):
@@ -156,7 +163,7 @@ def composed_epsilon(
             "pld has no bound for it."
         )
     rdp = accountant == "rdp" or "fixed" in modes
-    return _dp_accounting(taken, delta, rdp=rdp, replace="fixed" in modes)
+    return _dp_accounting(taken, delta, rdp=rdp, replace="fixed" in modes, grid=grid)
 
 
 def noise_multiplier_for(
@@ -193,33 +200,34 @@ def noise_multiplier_for(
     if not 0 < target_epsilon < math.inf:
         raise ValueError(f"target_epsilon must be a finite number > 0; got {target_epsilon}.")
 
-    def spent(noise_multiplier: float) -> float:
-        return epsilon(
+    def spent(noise_multiplier: float, grid: float) -> float:
+        release = Release(
             noise_multiplier=noise_multiplier,
             num_steps=num_steps,
-            delta=delta,
-            sample_rate=sample_rate,
             sampling=sampling,
+            sample_rate=sample_rate,
             batch_size=batch_size,
             num_records=num_records,
-            accountant=accountant,
         )
+        return _composed([release], delta, accountant, grid)
 
     low, high = 0.0, 1.0
-    while spent(high) > target_epsilon:
+    while spent(high, _COARSE_GRID) > target_epsilon:
         low, high = high, 2 * high
         if high > _LARGEST_NOISE:
             raise ValueError(
                 f"no noise multiplier up to {_LARGEST_NOISE:g} keeps epsilon {target_epsilon} with delta "
                 f"{delta} over {num_steps} steps. Take fewer steps, a smaller rate, or a larger budget."
             )
-    while high - low > tolerance:
+    while high - low > tolerance / 4:
         middle = (low + high) / 2
         # Below 0.2 the accountants need minutes and no run should go there.
-        if middle < 0.2 or spent(middle) > target_epsilon:
+        if middle < 0.2 or spent(middle, _COARSE_GRID) > target_epsilon:
             low = middle
         else:
             high = middle
+    while high - tolerance >= 0.2 and spent(high - tolerance, _FINE_GRID) <= target_epsilon:
+        high -= tolerance
     return high
 
 
@@ -274,7 +282,9 @@ class Ledger:
         self._releases = [Release(**release) for release in state["releases"]]
 
 
-def _dp_accounting(releases: Sequence[Release], delta: float, *, rdp: bool, replace: bool) -> float:
+def _dp_accounting(
+    releases: Sequence[Release], delta: float, *, rdp: bool, replace: bool, grid: float
+) -> float:
     try:
         from dp_accounting import dp_event
         from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
@@ -283,7 +293,11 @@ def _dp_accounting(releases: Sequence[Release], delta: float, *, rdp: bool, repl
     except ImportError as error:
         raise ImportError(_INSTALL) from error
     relation = NeighboringRelation.REPLACE_ONE if replace else NeighboringRelation.ADD_OR_REMOVE_ONE
-    engine = (RdpAccountant if rdp else PLDAccountant)(neighboring_relation=relation)
+    engine = (
+        RdpAccountant(neighboring_relation=relation)
+        if rdp
+        else PLDAccountant(neighboring_relation=relation, value_discretization_interval=grid)
+    )
     for release in releases:
         gaussian = dp_event.GaussianDpEvent(release.noise_multiplier)
         if release.sampling == "poisson":

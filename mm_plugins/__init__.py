@@ -7,12 +7,13 @@ with the extra that brings it.
 try:
     import mmdet  # noqa: F401
     import mmengine  # noqa: F401
+    import mmseg  # noqa: F401
 except ModuleNotFoundError as error:
     raise ImportError(
         f"mm_plugins needs {error.name!r}, which is not installed. Install the extra: "
         'pip install "mmhf-plugins[mm]"; `mmhf doctor` shows what else is missing.'
     ) from error
 
-from mm_plugins import compat, pkd
+from mm_plugins import compat, lau, pkd
 
-__all__ = ["compat", "pkd"]
+__all__ = ["compat", "lau", "pkd"]

@@ -1,0 +1,311 @@
+"""Speed and memory of LaU: the operator and the targets of its loss, against what others do in the same run.
+
+Operator, forward and backward: ours, `F.grid_sample` with the grid it needs, and a literal restatement of the
+authors' op, which copies the offsets once per channel. Loss targets: ours, and the literal five enlarged maps
+with their log-softmaxes. Cross entropy: enlarged logits first, or piece by piece. Every side runs in turns;
+memory is that of a fresh process. Writes ``docs/results/lau_op.json``.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.record import RESULTS, spread, write_result  # noqa: E402
+
+# Images, classes, cells, factor: the paper's shapes with fewer images; Cityscapes at half the side.
+SHAPES = {
+    "PASCAL Context": (2, 59, (60, 60), 4),
+    "ADE20K": (2, 150, (64, 64), 4),
+    "ADE20K, k=8": (1, 150, (32, 32), 8),
+    "Cityscapes": (2, 19, (32, 64), 8),
+    "features": (2, 256, (32, 32), 4),
+}
+SHORT = {"small": (1, 19, (16, 16), 4)}
+Case = tuple[int, int, tuple[int, int], int]
+
+
+def inputs(case: Case, *, sigma: float = 0.5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits and offsets with gradient, labels, and a gradient for the enlarged map."""
+    images, classes, (rows, columns), k = case
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, classes, rows, columns, generator=generator).requires_grad_()
+    size = (k * rows, k * columns)
+    offset = (sigma * torch.randn(images, 2, *size, generator=generator)).requires_grad_()
+    label = torch.randint(classes, (images, *size), generator=generator)
+    return x, offset, label, torch.randn(images, classes, *size, generator=generator)
+
+
+def literal_op(x: Tensor, offset: Tensor, k: int) -> Tensor:
+    """The authors' op in plain PyTorch: one copy of both offsets per channel, four gathered corners."""
+    images, classes, rows, columns = x.shape
+    height, width = offset.shape[2:]
+    dy, dx = (part.repeat(1, classes, 1, 1) for part in offset.split(1, dim=1))
+    sy = (dy + torch.arange(height)[:, None] / k).clamp(0, rows - 1)
+    sx = (dx + torch.arange(width) / k).clamp(0, columns - 1)
+    y0, x0 = sy.floor().detach(), sx.floor().detach()
+    y1, x1 = sy.ceil().detach(), sx.ceil().detach()
+    a, b = sy - y0, sx - x0
+    flat = x.flatten(2)
+
+    def corner(y: Tensor, x_: Tensor) -> Tensor:
+        return flat.gather(2, (y * columns + x_).long().flatten(2)).view(images, classes, height, width)
+
+    top = (1 - b) * corner(y0, x0) + b * corner(y0, x1)
+    return (1 - a) * top + a * ((1 - b) * corner(y1, x0) + b * corner(y1, x1))
+
+
+def grid_op(x: Tensor, offset: Tensor, k: int) -> Tensor:
+    """`F.grid_sample`, with the grid that it needs."""
+    from mm_plugins.lau.sampling import grid_sample_upsample
+
+    return grid_sample_upsample(x, offset, scale_factor=k)
+
+
+def our_op(x: Tensor, offset: Tensor, k: int) -> Tensor:
+    """The operator of this suite."""
+    from mm_plugins.lau.sampling import location_aware_upsample
+
+    return location_aware_upsample(x, offset, scale_factor=k)
+
+
+def literal_targets(x: Tensor, offset: Tensor, label: Tensor, k: int) -> Tensor:
+    """Targets of the regression loss as in the authors' release: five enlarged maps, a log-softmax each.
+
+    The bilinear one is computed and not used there; it is the sixth beside that of the main loss, which both
+    sides share and neither counts.
+    """
+    with torch.no_grad():
+        images, _, rows, columns = x.shape
+        height, width = label.shape[1:]
+        p, q = torch.arange(height) / k, torch.arange(width) / k
+        own = F.cross_entropy(grid_op(x, offset, k), label, reduction="none", ignore_index=255)
+        F.cross_entropy(grid_op(x, torch.zeros_like(offset), k), label, reduction="none", ignore_index=255)
+        best, target = own.clone(), offset.detach().clone()
+        for round_y in (torch.floor, torch.ceil):
+            for round_x in (torch.floor, torch.ceil):
+                y, x_ = round_y(p).clamp(max=rows - 1), round_x(q).clamp(max=columns - 1)
+                corner = x[:, :, y.long()][..., x_.long()]
+                loss = F.cross_entropy(corner, label, reduction="none", ignore_index=255)
+                better = loss < best
+                step = torch.stack(torch.broadcast_tensors((y - p)[:, None], x_ - q))
+                target = torch.where(better[:, None], step.expand_as(target), target)
+                best = torch.where(better, loss, best)
+        return target
+
+
+def our_targets(x: Tensor, offset: Tensor, label: Tensor, k: int) -> Tensor:
+    """Targets of this suite, with the own loss that both sides need."""
+    from mm_plugins.lau.location_loss import location_targets
+
+    with torch.no_grad():
+        own = F.cross_entropy(grid_op(x, offset, k), label, reduction="none", ignore_index=255)
+        return location_targets(x, offset, label, own, scale=(k, k)).offset_N2HW
+
+
+def own_loss_only(x: Tensor, offset: Tensor, label: Tensor, k: int) -> Tensor:
+    """What both sides of the targets' comparison need besides; its time is taken off both."""
+    with torch.no_grad():
+        return F.cross_entropy(grid_op(x, offset, k), label, reduction="none", ignore_index=255)
+
+
+def loss_of_enlarged(x: Tensor, offset: Tensor, label: Tensor, k: int) -> Tensor:
+    """Enlarge with `F.grid_sample`, then cross entropy."""
+    return F.cross_entropy(grid_op(x, offset, k), label, ignore_index=255)
+
+
+def loss_in_pieces(x: Tensor, offset: Tensor, label: Tensor, k: int) -> Tensor:
+    """The fused loss of this suite (``fused=True`` in a head)."""
+    from mm_plugins.lau.sampled_loss import sampled_cross_entropy
+
+    return sampled_cross_entropy(x, offset, label, scale=(k, k))[0].mean()
+
+
+OPERATORS = {"authors' op": literal_op, "grid_sample": grid_op, "ours": our_op}
+TARGETS = {"own loss": own_loss_only, "six log-softmaxes": literal_targets, "ours": our_targets}
+LOSSES = {"enlarged": loss_of_enlarged, "in pieces": loss_in_pieces}
+
+
+def step(part: str, side: str, case: Case) -> Callable[[], dict[str, float]]:
+    """One run of a side: seconds of CPU time of its forward and backward."""
+    x, offset, label, grad = inputs(case)
+    k = case[3]
+
+    def run() -> dict[str, float]:
+        start = time.process_time()
+        if part == "targets":
+            TARGETS[side](x, offset, label, k)
+            return {"forward": time.process_time() - start}
+        if part == "operator":
+            out = OPERATORS[side](x, offset, k)
+            middle = time.process_time()
+            torch.autograd.grad(out, (x, offset), grad)
+        else:
+            out = LOSSES[side](x, offset, label, k)
+            middle = time.process_time()
+            torch.autograd.grad(out, (x, offset))
+        return {"forward": middle - start, "backward": time.process_time() - middle}
+
+    return run
+
+
+def peak_mb(part: str, side: str, case: Case) -> float:
+    """Peak memory of one run in a process of its own beyond what its inputs take, in MB."""
+    # Forked, so that it starts with the libraries loaded; the parent has run nothing large before.
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(send, part, side, case))
+    process.start()
+    found = receive.recv()
+    process.join()
+    return found
+
+
+def _child(send: Connection, part: str, side: str, case: Case) -> None:
+    step(part, side, (1, 3, (4, 4), 2))()
+    run = step(part, side, case)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def in_turns(part: str, sides: Sequence[str], case: Case, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Times of all sides; the first turn of each is not counted."""
+    runs = {side: step(part, side, case) for side in sides}
+    times: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for turn in range(rounds + 1):
+        for side, run in runs.items():
+            found = run()
+            if turn:
+                times[side].append(found)
+    return times
+
+
+def ratios(times: dict[str, list[dict[str, float]]], other: str, ours: str, key: str) -> list[float]:
+    """How many times longer `other` took than `ours`, turn by turn."""
+    return [a[key] / b[key] for a, b in zip(times[other], times[ours], strict=True)]
+
+
+def operator_rows(
+    name: str, case: Case, rounds: int, memory: Mapping[str, float]
+) -> tuple[list[list[str]], dict]:
+    """Time and memory of the operator against both others."""
+    times = in_turns("operator", list(OPERATORS), case, rounds)
+    rows = [
+        [
+            f"operator, {name}",
+            other,
+            spread(ratios(times, other, "ours", "forward")),
+            spread(ratios(times, other, "ours", "backward")),
+            f"{memory[other]:.0f} / {memory['ours']:.0f}",
+        ]
+        for other in ("authors' op", "grid_sample")
+    ]
+    return rows, {"seconds": times, "peak_mb": dict(memory)}
+
+
+def targets_row(
+    name: str, case: Case, rounds: int, memory: Mapping[str, float]
+) -> tuple[list[list[str]], dict]:
+    """Time and memory of the loss targets, without the own loss that both sides need."""
+    times = in_turns("targets", list(TARGETS), case, rounds)
+    shared = [turn["forward"] for turn in times["own loss"]]
+    net = {
+        side: [max(turn["forward"] - own, 1e-6) for turn, own in zip(times[side], shared, strict=True)]
+        for side in ("six log-softmaxes", "ours")
+    }
+    faster = [a / b for a, b in zip(net["six log-softmaxes"], net["ours"], strict=True)]
+    row = [
+        f"loss targets, {name}",
+        "six log-softmaxes",
+        spread(faster),
+        "",
+        f"{memory['six log-softmaxes']:.0f} / {memory['ours']:.0f}",
+    ]
+    return [row], {"seconds": times, "peak_mb": dict(memory)}
+
+
+def loss_row(name: str, case: Case, rounds: int, memory: Mapping[str, float]) -> tuple[list[list[str]], dict]:
+    """Time and memory of the fused cross entropy."""
+    times = in_turns("loss", list(LOSSES), case, rounds)
+    row = [
+        f"LaU + cross entropy, {name}",
+        "grid_sample, then loss",
+        spread(ratios(times, "enlarged", "in pieces", "forward")),
+        spread(ratios(times, "enlarged", "in pieces", "backward")),
+        f"{memory['enlarged']:.0f} / {memory['in pieces']:.0f}",
+    ]
+    return [row], {"seconds": times, "peak_mb": dict(memory)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write the result file, print one JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="counted turns of each side")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--short", action="store_true", help="one small shape, two turns, result not kept")
+    args = parser.parse_args(argv)
+    shapes = SHAPES
+    if args.short:
+        shapes, args.rounds, args.out = SHORT, 2, Path(tempfile.mkdtemp(prefix="benchmark-"))
+    torch.set_num_threads(1)
+    import mm_plugins.lau  # noqa: F401  (before the processes that measure memory are forked)
+
+    sides = {"operator": OPERATORS, "targets": TARGETS, "loss": LOSSES}
+    measures = {"operator": operator_rows, "targets": targets_row, "loss": loss_row}
+    jobs = [(part, name) for part in measures for name in shapes if name != "features" or part == "operator"]
+    # All memory first: afterwards a forked process would reuse what the timings have left behind.
+    memory = {
+        (part, name): {side: peak_mb(part, side, shapes[name]) for side in sides[part]} for part, name in jobs
+    }
+    rows, found = [], {}
+    for part, name in jobs:
+        made, found[f"{part}, {name}"] = measures[part](name, shapes[name], args.rounds, memory[part, name])
+        rows += made
+    listed = "; ".join(
+        f"{name} {n}, {c}, {cells[0]}x{cells[1]}, {k}" for name, (n, c, cells, k) in shapes.items()
+    )
+    path = write_result(
+        "lau_op",
+        command=f"python -m benchmarks.lau --rounds {args.rounds}",
+        config={"shapes": {name: list(case) for name, case in shapes.items()}, "rounds": args.rounds},
+        seeds=[0],
+        packages=("numpy",),
+        columns=[
+            "what, shape",
+            "against",
+            "times faster, forward: median (range)",
+            "times faster, backward",
+            "peak MB (other / ours)",
+        ],
+        rows=rows,
+        notes=[
+            f"Shapes (images, channels, cells, k): {listed}. One thread, CPU time, fp32, sides in turns; "
+            "memory is the growth of a process beyond its inputs, forward and backward; the time of the "
+            "targets is without the own loss that both need, their memory with it."
+        ],
+        details=found,
+        folder=args.out,
+    )
+    print(json.dumps({"benchmark": "lau_op", "result": path.name, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -10,7 +10,7 @@ import json
 import logging
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.record import RESULTS, write_result
 from hf_plugins.embed_parrot import LeakScanConfig, render_page, scan
-from hf_plugins.embed_parrot.hook import collect_states
 from tools.real_data import ROOT, data_set, minilm, read_rows, read_text
 
 SEEDS = (0, 1, 2)
@@ -59,45 +58,6 @@ def english_sets(count: int) -> tuple[dict[str, list[str]], list[str]]:
         "general text (control)": control()[:count],
     }
     return sets, public
-
-
-def sentiment_probe() -> Callable[[torch.nn.Module], dict[str, float]]:
-    """How well a linear probe of the encoder's pooled output tells the sentiment of finance sentences.
-
-    The probe is fitted on the plain encoder once, as a service would have it, and tried on the defended one;
-    refitted, it shows what could be kept if everything behind were trained again.
-    """
-    rows = read_rows(data_set("financial_phrasebank") / "train.jsonl.gz")
-    tokenizer = AutoTokenizer.from_pretrained(minilm())
-    chosen = rows[:300] + rows[3200:3400]
-    ids = [
-        torch.tensor(tokenizer(row["sentence"], truncation=True, max_length=64)["input_ids"])
-        for row in chosen
-    ]
-    labels = torch.nn.functional.one_hot(torch.tensor([row["label"] for row in chosen]), 3).double()
-    kept: list[torch.Tensor] = []
-
-    def fit(x: torch.Tensor) -> torch.Tensor:
-        gram = x[:300].T @ x[:300]
-        return torch.linalg.solve(
-            gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram)), x[:300].T @ labels[:300]
-        )
-
-    def accuracy(x: torch.Tensor, weight: torch.Tensor) -> float:
-        return float(((x[300:] @ weight).argmax(1) == labels[300:].argmax(1)).double().mean())
-
-    def measure(model: torch.nn.Module) -> dict[str, float]:
-        states = collect_states(model, ids, [6])[6]
-        x = torch.stack([row.mean(0) for row in states]).double()
-        x = torch.cat([x, torch.ones(len(x), 1)], 1)
-        if not kept:
-            kept.append(fit(x))
-        return {
-            "sentiment_accuracy": accuracy(x, kept[0]),
-            "sentiment_accuracy_refitted": accuracy(x, fit(x)),
-        }
-
-    return measure
 
 
 def load(name: str, small_lm: Path) -> tuple[Any, Any]:
@@ -198,7 +158,6 @@ def run_job(name: str, job: Mapping[str, Any], work: Path, small_lm: Path) -> di
         return json.loads(done.read_text(encoding="utf-8"))
     torch.manual_seed(0)
     model, tokenizer = load(job["model"], small_lm)
-    probe = sentiment_probe() if name == "minilm-defences" else None
     report = scan(
         model,
         job["data"],
@@ -206,7 +165,6 @@ def run_job(name: str, job: Mapping[str, Any], work: Path, small_lm: Path) -> di
         fit_texts=job["fit"],
         config=LeakScanConfig(**job["options"]),
         work_dir=work / name / "parts",
-        utility=probe,
         name=f"{job['model']} ({MODELS[job['model']]})",
     )
     (work / name / "report.html").write_text(render_page(report), encoding="utf-8")
@@ -310,8 +268,7 @@ def defence_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
                 if "perplexity" in use:
                     text = f"perplexity {use['perplexity']:.4g}"
                 else:
-                    kept, refit = use["sentiment_accuracy"], use["sentiment_accuracy_refitted"]
-                    text = f"sentiment {100 * kept:.1f} % (refitted {100 * refit:.1f} %)"
+                    text = f"cosine {use['pooled_cosine']:.3f}"
                 model = "MiniLM" if name.startswith("minilm") else "small LM"
                 rows.append([model, spec, layer, best["naive"], best["adaptive"], text])
     return rows
@@ -564,9 +521,15 @@ def write_tables(
         [
             "Per cent of finance tokens read back by the best of HEI, ridge and (small LM) vocabulary "
             "matching of 20 tokens; one draw of each random defence. gauss:r is noise of r times the spread "
-            "of an entry; dx:eta has mean length width / eta.",
+            "of an entry; dx:eta has mean length width / eta. Use of the model: perplexity on finance "
+            "text, or the "
+            "cosine of the encoder's pooled output to that of the plain encoder.",
         ],
-        {"utility": {name: report["utility"] for name, report in reports.items() if report["utility"]}},
+        {
+            "utility": {
+                name: report["utility"] for name, report in reports.items() if name.endswith("-defences")
+            }
+        },
     )
     write(
         "embed_parrot_variants",

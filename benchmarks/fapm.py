@@ -187,6 +187,58 @@ def repeated(commands: dict[str, list[str]], out: Path, rounds: dict[str, int]) 
     return found
 
 
+def report(
+    found: dict[str, dict], sizes_mb: dict[str, float], *, sizes: dict, args: argparse.Namespace
+) -> Path:
+    """The result file from the raw figures."""
+    rows = []
+    for label, each in found.items():
+        copy = statistics.median(each["cp"]["seconds"])
+        copy_cpu = statistics.median(each["cp"]["cpu"])
+        for name, figures in each.items():
+            seconds = statistics.median(figures["seconds"])
+            work_seconds = statistics.median(figures.get("work_seconds", [seconds]))
+            rows.append(
+                [
+                    f"{sizes_mb[label] / 1e3:.2f} GB",
+                    name,
+                    f"{seconds:.1f} ({min(figures['seconds']):.1f}-{max(figures['seconds']):.1f})",
+                    f"{work_seconds:.1f}" if "work_seconds" in figures else "-",
+                    f"{seconds / copy:.1f}",
+                    f"{statistics.median(figures['cpu']):.1f}",
+                    f"{statistics.median(figures['cpu']) / copy_cpu:.1f}",
+                    f"{max(figures['rss_mb']):.0f}",
+                ]
+            )
+    mergekit = " --mergekit-python PYTHON" if args.mergekit_python else ""
+    return write_result(
+        args.name,
+        command=f"python -m benchmarks.fapm --folder FOLDER --sizes {' '.join(sizes)} --rounds {args.rounds} "
+        f"--name {args.name}{mergekit}",
+        config={"sizes": sizes, "rounds": args.rounds, "keep": 0.1, "threads": 1},
+        seeds=[0],
+        packages=("accelerate",),
+        columns=[
+            "each checkpoint",
+            "what",
+            "seconds, median (range)",
+            "of it work",
+            "times cp",
+            "CPU seconds",
+            "times cp (CPU)",
+            "peak RSS, MB",
+        ],
+        rows=rows,
+        notes=[
+            "cp: copy of the base, reading of the fine-tuned model, sync: what a pruning reads and writes.",
+            "Work is the time without starting Python and torch. The peak is that of the largest process, "
+            "mapped pages included.",
+        ],
+        details=found,
+        folder=args.out,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result file, print one JSON line."""
     parser = argparse.ArgumentParser(
@@ -197,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ties-all", action="store_true", help="TIES on all pairs, not only the tiny one")
     parser.add_argument("--rounds", type=int, default=2, help="turns of ours and of cp")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="which pairs")
+    parser.add_argument("--name", default="fapm", help="name of the result file")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--short", action="store_true", help="megabytes, one round, result not kept")
     parser.add_argument("--literal", nargs=3, type=Path, help=argparse.SUPPRESS)
@@ -241,53 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             shutil.rmtree(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    rows = []
-    for label, each in found.items():
-        copy = statistics.median(each["cp"]["seconds"])
-        copy_cpu = statistics.median(each["cp"]["cpu"])
-        for name, figures in each.items():
-            seconds = statistics.median(figures["seconds"])
-            work_seconds = statistics.median(figures.get("work_seconds", [seconds]))
-            rows.append(
-                [
-                    f"{sizes_mb[label] / 1e3:.2f} GB",
-                    name,
-                    f"{seconds:.1f} ({min(figures['seconds']):.1f}-{max(figures['seconds']):.1f})",
-                    f"{work_seconds:.1f}" if "work_seconds" in figures else "-",
-                    f"{seconds / copy:.1f}",
-                    f"{statistics.median(figures['cpu']):.1f}",
-                    f"{statistics.median(figures['cpu']) / copy_cpu:.1f}",
-                    f"{max(figures['rss_mb']):.0f}",
-                ]
-            )
-    path = write_result(
-        "fapm",
-        command="python -m benchmarks.fapm --folder FOLDER --mergekit-python PYTHON",
-        config={"sizes": sizes, "rounds": args.rounds, "keep": 0.1, "threads": 1},
-        seeds=[0],
-        packages=("accelerate",),
-        columns=[
-            "each checkpoint",
-            "what",
-            "seconds, median (range)",
-            "of it work",
-            "times cp",
-            "CPU seconds",
-            "times cp (CPU)",
-            "peak RSS, MB",
-        ],
-        rows=rows,
-        notes=[
-            "cp: copy of the base, reading of the fine-tuned model, sync; that is what a pruning reads and "
-            "writes. "
-            "Files were in the page cache. Work is the time without starting Python and torch. The peak is "
-            "that of the "
-            "largest process, mapped pages included."
-        ],
-        details=found,
-        folder=args.out,
-    )
-    print(json.dumps({"benchmark": "fapm", "result": path.name, "rows": rows}))
+    path = report(found, sizes_mb, sizes=sizes, args=args)
+    print(json.dumps({"benchmark": args.name, "result": path.name, "megabytes": sizes_mb}))
     return 0
 
 

@@ -136,7 +136,8 @@ def cell_rows(x_NCYX: Tensor, num_groups: int) -> Tensor:
         num_images, num_groups, num_channels // num_groups, num_rows * num_columns
     ).transpose(2, 3)
     dtype = torch.float64 if x_NCYX.dtype == torch.float64 else torch.float32
-    return grouped.to(dtype).reshape(-1, num_channels // num_groups)
+    # For one image the transposed map is a mere view, on which embedding_bag is many times slower.
+    return grouped.to(dtype).contiguous().view(-1, num_channels // num_groups)
 
 
 def rows_to_map(rows: Tensor, shape: tuple[int, int, int, int], num_groups: int) -> Tensor:

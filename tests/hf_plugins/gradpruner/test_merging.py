@@ -47,10 +47,10 @@ def test_counts() -> None:
 
 
 def test_weighted_by_importance() -> None:
-    """Receiver F equal to the donor's: the donor's 3 counts half, 1 + 1.5."""
-    own = factors_of(IMPORTANCE)
+    """Receiver F three times the donor's: the donor's 3 counts a quarter, 1 + 0.75."""
+    own = factors_of(3 * IMPORTANCE)
     got = merged(RECEIVER, [donor(DONOR, IMPORTANCE)], keep=0.5, weighting="importance", receiver_factors=own)
-    torch.testing.assert_close(got, torch.tensor([[2.5, -2.0, 0.0, 4.0]]))
+    torch.testing.assert_close(got, torch.tensor([[1.75, -2.0, 0.0, 4.0]]))
     with pytest.raises(ValueError, match="needs the receiver's gradient factors"):
         merged(RECEIVER, [donor(DONOR, IMPORTANCE)], weighting="importance")
 

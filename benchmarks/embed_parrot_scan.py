@@ -100,6 +100,12 @@ def jobs(scale: float) -> dict[str, dict[str, Any]]:
     add("small-lm-english", "small LM", english, public, attacks=every, **front)
     add("small-lm-english-deep", "small LM", english, public, attacks=(*plain, "vocab"), layers=(8, 9, 10))
     add("small-lm-english-parrot", "small LM", english, public, attacks=("parrot",), layers=(10,))
+    # The other layers, in jobs of their own so that each can be run alone.
+    for start, layers in (("front", (0, 1, 2)), ("middle", (4, 5))):
+        add(f"minilm-english-parrot-{start}", "MiniLM", english, public, attacks=("parrot",), layers=layers)
+    for start, layers in (("front", (0, 1, 2)), ("middle", (3, 4, 6)), ("deep", (7, 8, 9))):
+        name = f"small-lm-english-parrot-{start}"
+        add(name, "small LM", english, public, attacks=("parrot",), layers=layers)
     for short, model, cut in (("minilm", "MiniLM", 3), ("small-lm", "small LM", 5)):
         add(
             f"{short}-parrot-defended",

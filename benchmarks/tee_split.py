@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result file, print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of the training runs, in turns")
-    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a sample")
     parser.add_argument("--dim", type=int, default=192, help="hidden size of the generated model")
     parser.add_argument("--short", action="store_true", help="small sizes, one round, result not kept")

@@ -2,7 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= mm,hf,tee,report,dev
+EXTRAS ?= mm,hf,federated,data,tee,report,dev
+# Test files are shared out between so many processes.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -44,13 +47,13 @@ contract: install ## House rules over all rooms
 	$(BIN)/python -m pytest tests/contract -q -m "not host"
 
 test: install ## Contract, unit and host tiers
-	$(BIN)/python -m pytest -m "not slow and not perf and not gpu"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not perf and not gpu"
 
 test-host: install ## Host tier alone: real Runner, real launchers, command lines
-	$(BIN)/python -m pytest -m "host and not slow"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "host and not slow"
 
 test-all: install ## Every tier that this machine can run
-	$(BIN)/python -m pytest -m "not perf"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not perf"
 
 docs: install ## Fill the generated parts of README and docs
 	$(BIN)/python tools/make_docs.py

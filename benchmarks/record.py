@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,19 @@ def hardware() -> str:
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of the named packages, the suite's own first."""
     return {name: metadata.version(name) for name in ("mmhf-plugins", "torch", *packages)}
+
+
+def commit() -> str:
+    """Short hash of the checkout's commit, a plus sign behind it if code differs; ``unknown`` outside git."""
+    git = ("git", "-C", str(RESULTS.parent.parent))
+    try:
+        hash_ = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return hash_.stdout.strip() + ("+" if changed else "")
 
 
 def spread(values: Sequence[float]) -> str:
@@ -68,6 +82,7 @@ def write_result(
         "seeds": list(seeds),
         "versions": versions(*packages),
         "hardware": hardware(),
+        "commit": commit(),
         "table": {"columns": list(columns), "rows": [list(row) for row in rows]},
         "notes": list(notes),
         "details": dict(details or {}),

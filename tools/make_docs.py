@@ -56,7 +56,8 @@ def results_part(name: str, root: Path) -> str:
             "",
             *notes,
             f"- Repeat: `{record['command']}` (seeds {seeds}).",
-            f"- Measured on {record['hardware']}; {versions}.",
+            f"- Measured on {record['hardware']}; {versions}"
+            + (f"; commit {record['commit']}." if "commit" in record else "."),
         ]
     )
 

@@ -2,8 +2,9 @@
 stale.
 
 A generated part stands between two markers, ``<!-- results:NAME -->`` (the table of
-``docs/results/NAME.json``) or ``<!-- options:NAME -->`` (the arguments of a public class or function of the
-README's own room), and ``<!-- /generated -->``.
+``docs/results/NAME.json``), ``<!-- options:NAME -->`` (the arguments of a public class or function of the
+README's own room) or ``<!-- overview:methods -->`` and ``<!-- overview:figures -->`` (all methods, from
+``docs/claims.toml`` and the result files it points at), and ``<!-- /generated -->``.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import inspect
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-PART = re.compile(r"(<!-- (results|options):([\w.]+) -->\n).*?(<!-- /generated -->)", flags=re.S)
+PART = re.compile(r"(<!-- (results|options|overview):([\w.]+) -->\n).*?(<!-- /generated -->)", flags=re.S)
 
 
 def _cell(value: Any) -> str:
@@ -60,6 +62,69 @@ def results_part(name: str, root: Path) -> str:
             + (f"; commit {record['commit']}." if "commit" in record else "."),
         ]
     )
+
+
+def _figure(figure: dict[str, Any], root: Path) -> dict[str, str]:
+    """One figure of ``docs/claims.toml`` with the cells it points at filled in.
+
+    Raises:
+        ValueError: If the result file has no such row or column; the message lists those it has.
+    """
+    record = json.loads((root / "docs" / "results" / f"{figure['file']}.json").read_text(encoding="utf-8"))
+    columns, rows = record["table"]["columns"], record["table"]["rows"]
+    cells = {}
+    for key in ("ours", "peer"):
+        if key not in figure:
+            cells[key] = ""
+            continue
+        row, column, *text = figure[key]
+        begins = [row] if isinstance(row, str) else row
+        found = [line for line in rows if [str(cell) for cell in line[: len(begins)]] == begins]
+        if len(found) != 1 or column not in columns:
+            raise ValueError(
+                f"docs/claims.toml: {len(found)} rows of {figure['file']}.json begin with {begins} (one must), "
+                f"columns are {columns}, asked for {column!r}; rows: {rows}. Correct the entry."
+            )
+        value = _cell(found[0][columns.index(column)])
+        cells[key] = text[0].format(value) if text else f"{begins[-1]}: {value}"
+    how = f"{len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}"
+    return cells | {
+        "what": figure["what"],
+        "how": f"{how}, {record['hardware']}, commit {record.get('commit', 'not recorded')}",
+        "command": f"`{record['command']}`",
+    }
+
+
+def overview_part(kind: str, root: Path, document: Path) -> str:
+    """All methods in one table, from ``docs/claims.toml``: ``methods`` for a first look, ``figures`` in full.
+
+    Args:
+        kind: Which of the two.
+        root: The repository.
+        document: The document that shows it, which links are relative to.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    methods = tomllib.loads((root / "docs" / "claims.toml").read_text(encoding="utf-8"))["method"]
+    up = "../" * (len(document.relative_to(root).parts) - 1)
+    if kind == "methods":
+        rows = []
+        for method in methods:
+            figures = [_figure(figure, root) for figure in method.get("figure", [])]
+            first = f"{figures[0]['what']}: {figures[0]['ours']}" if figures else "not measured yet"
+            link = f"[{method['name']}]({up}{method['room']}/README.md)"
+            rows.append([link, method["gives"], f"{first} ([all]({up}{method['room']}/README.md#results))"])
+        return markdown_table(["method", "what it gives you", "measured here"], rows)
+    if kind != "figures":
+        raise ValueError(f"an overview is of methods or figures; got {kind!r}. Correct the marker.")
+    rows = [
+        [method["name"], method["paper"], f["what"], f["ours"], f["peer"], f["how"], f["command"]]
+        for method in methods
+        for f in (_figure(figure, root) for figure in method.get("figure", []))
+    ]
+    head = ["method", "the paper says", "here, on", "ours", "best other in the same run", "how", "repeat"]
+    return markdown_table(head, rows)
 
 
 def _argument_help(docstring: str) -> dict[str, str]:
@@ -107,13 +172,18 @@ def _default(field: dataclasses.Field) -> str:
     return "required"
 
 
-def render(text: str, *, module: str, root: Path) -> str:
-    """A document with its generated parts filled."""
+def render(text: str, *, module: str, root: Path, document: Path | None = None) -> str:
+    """A document with its generated parts filled; ``document`` is where it stands (default: the root)."""
 
     def fill(match: re.Match[str]) -> str:
         head, kind, name, tail = match.groups()
-        dotted = name if "." in name else f"{module}.{name}"
-        return f"{head}{results_part(name, root) if kind == 'results' else options_part(dotted)}\n{tail}"
+        if kind == "results":
+            body = results_part(name, root)
+        elif kind == "overview":
+            body = overview_part(name, root, document or root / "README.md")
+        else:
+            body = options_part(name if "." in name else f"{module}.{name}")
+        return f"{head}{body}\n{tail}"
 
     return PART.sub(fill, text)
 
@@ -127,7 +197,7 @@ def documents(root: Path) -> list[Path]:
 def _rendered(path: Path, root: Path) -> tuple[str, str]:
     text = path.read_text(encoding="utf-8")
     module = ".".join(path.relative_to(root).parent.parts)
-    return text, render(text, module=module, root=root)
+    return text, render(text, module=module, root=root, document=path)
 
 
 def stale_files(root: Path) -> list[str]:

@@ -70,3 +70,42 @@ def test_options_of_a_dataclass_and_of_a_constructor() -> None:
     assert "| `seeds` | `False` |" not in make_docs.options_part("tools.training_runs.Training")
     table = make_docs.options_part("mm_plugins.pkd.loss.PKDLoss")
     assert "| `loss_weight` | `1.0` | Factor of the loss, >= 0. |" in table
+
+
+CLAIMS = """
+[[method]]
+name = "Toy"
+room = "mm_plugins/toy"
+gives = "a toy"
+paper = "37 (Table 1)"
+[[method.figure]]
+what = "a set"
+file = "toy"
+ours = ["c", "ratio", "{} times"]
+peer = ["a|b", "ratio"]
+[[method]]
+name = "Later"
+room = "hf_plugins/later"
+gives = "nothing yet"
+paper = ""
+"""
+
+
+def test_overview_takes_its_figures_from_the_result_files(repository: Path) -> None:
+    (repository / "docs" / "claims.toml").write_text(CLAIMS)
+    (repository / "docs" / "results.md").write_text("<!-- overview:figures -->\n<!-- /generated -->\n")
+    (repository / "README.md").write_text("<!-- overview:methods -->\n<!-- /generated -->\n")
+    readme = make_docs._rendered(repository / "README.md", repository)[1]
+    assert "| [Toy](mm_plugins/toy/README.md) | a toy | a set: x times ([all](mm_plugins/toy" in readme
+    assert "nothing yet | not measured yet" in readme
+    page = make_docs._rendered(repository / "docs" / "results.md", repository)[1]
+    assert "| Toy | 37 (Table 1) | a set | x times | a\\|b: 1.235 | 2 seeds, 2 cores" in page
+
+
+@pytest.mark.parametrize(("old", "new"), [('"c"', '"d"'), ('"ratio", "{} times"', '"speed", "{} times"')])
+def test_overview_of_a_figure_that_is_gone_is_refused(repository: Path, old: str, new: str) -> None:
+    (repository / "docs" / "claims.toml").write_text(CLAIMS.replace(old, new))
+    with pytest.raises(ValueError, match=r"rows of toy.json begin with .* Correct the entry"):
+        make_docs.overview_part("figures", repository, repository / "README.md")
+    with pytest.raises(ValueError, match="methods or figures; got 'all'. Correct the marker"):
+        make_docs.overview_part("all", repository, repository / "README.md")

@@ -82,8 +82,8 @@ def _figure(figure: dict[str, Any], root: Path) -> dict[str, str]:
         found = [line for line in rows if [str(cell) for cell in line[: len(begins)]] == begins]
         if len(found) != 1 or column not in columns:
             raise ValueError(
-                f"docs/claims.toml: {len(found)} rows of {figure['file']}.json begin with {begins} (one must), "
-                f"columns are {columns}, asked for {column!r}; rows: {rows}. Correct the entry."
+                f"docs/claims.toml: {len(found)} rows of {figure['file']}.json begin with {begins} "
+                f"(one must), columns are {columns}, asked for {column!r}; rows: {rows}. Correct the entry."
             )
         value = _cell(found[0][columns.index(column)])
         cells[key] = text[0].format(value) if text else f"{begins[-1]}: {value}"

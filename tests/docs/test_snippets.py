@@ -45,7 +45,7 @@ def _load(block: Block, folder: Path) -> Any:
 @pytest.mark.host
 @pytest.mark.parametrize("block", CONFIGS, ids=str)
 def test_config_snippet_builds(block: Block, tmp_path: Path) -> None:
-    """With ``_base_`` from the installed wheels; teachers get random weights (the reader has the checkpoint)."""
+    """``_base_`` comes from the installed wheels; teachers get random weights in place of the reader's."""
     from mmengine.registry import init_default_scope
 
     import mm_plugins  # noqa: F401

@@ -55,8 +55,9 @@ test-host: install ## Host tier alone: real Runner, real launchers, command line
 test-all: install ## Every tier that this machine can run
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not perf"
 
-docs: install ## Fill the generated parts of README and docs
+docs: install ## Fill the generated parts of README and docs, build the site (strictly) into site/
 	$(BIN)/python tools/make_docs.py
+	$(BIN)/python tools/make_site.py
 
 bench: install ## Every benchmark at its short setting
 	@for file in benchmarks/*.py; do case $$file in benchmarks/record.py|benchmarks/__init__.py) continue;; esac; \

@@ -30,9 +30,7 @@ def test_links_are_turned_to_where_the_pages_lie(repository: Path, tmp_path: Pat
     expected = "[faq](../faq.md#no-network) ![plot](../pictures/mm_plugins_toy_plot.png) code"
     assert (folder / "methods/toy.md").read_text() == expected
     assert (folder / "pictures/mm_plugins_toy_plot.png").read_bytes() == b"png"
-    assert (
-        folder / "index.md"
-    ).read_text() == "[toy](methods/toy.md) [away](https://a.org) [here](#top)"
+    assert (folder / "index.md").read_text() == "[toy](methods/toy.md) [away](https://a.org) [here](#top)"
     assert (folder / "faq.md").read_text() == "[home](index.md)"
 
 

@@ -151,14 +151,13 @@ STOPS = (
     ),
     Stop(
         room="hf_plugins/fapm",
-        title="How much of that fine-tuning's change each keep retains",
+        title="How much of a fine-tuning's change each keep retains",
         commands=(
-            "mmhf fapm demo",
-            "mmhf fapm curve OUT/../gradpruner/model OUT/../gradpruner/final "
-            "--keeps 0.02 0.05 0.1 0.2 0.4 --plot OUT/curve.svg",
+            "mmhf fapm demo --folder OUT",
+            "mmhf fapm curve OUT/base OUT/finetuned --keeps 0.02 0.05 0.1 0.2 0.4 --plot OUT/curve.svg",
         ),
         figure=r"(\d+) tensors, ([\d,]+) of ([\d,]+) entries kept",
-        says="Of a toy pair {1} of {2} entries are kept; the curve is the spam model's.",
+        says="Of a toy pair {1} of {2} entries are kept.",
         picture=image_file("curve.svg"),
     ),
     Stop(

@@ -159,8 +159,9 @@ def _demo(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **size))
-    with tempfile.TemporaryDirectory() as folder:
-        base, tuned, out = (Path(folder) / name for name in ("base", "finetuned", "out"))
+    with tempfile.TemporaryDirectory() as aside:
+        folder = args.folder or Path(aside)
+        base, tuned, out = (folder / name for name in ("base", "finetuned", "out"))
         model.save_pretrained(base)
         with torch.no_grad():
             for weight in model.parameters():
@@ -213,11 +214,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("options", nargs=argparse.REMAINDER, help="options of mergekit-yaml")
     demo = commands.add_parser("demo", help="prune a tiny random model, in seconds")
     demo.add_argument("--keep", type=float, default=0.1)
+    demo.add_argument("--folder", type=Path, help="where the models stay; by default nothing is left behind")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code (0 fine, 1 the inputs do not fit, 2 wrong use)."""
+    """Entry point; returns the exit code (0 fine, 2 wrong use or inputs that do not fit)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] not in COMMANDS and argv[0] not in ("-h", "--help"):
         argv = ["prune", *argv]
@@ -228,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.stderr.write(f"mmhf fapm: {error}\n")
-        return 1
+        return 2
     finally:
         # A process that leaves with its group open may abort while the other still talks to it.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

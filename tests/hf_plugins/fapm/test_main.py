@@ -38,7 +38,7 @@ def test_recipe_and_what_overrides_it(folders: list[str], tmp_path: Path) -> Non
     pytest.importorskip("yaml")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"base: {folders[0]}\nfinetuned: {folders[1]}\nkeep: 0.3\nper_tensor:\n  mlp: 0.5\n")
-    assert main(["prune", "--config", str(recipe), "--keep", "0.4"]) == 1
+    assert main(["prune", "--config", str(recipe), "--keep", "0.4"]) == 2
     recipe.write_text(recipe.read_text() + f"out: {folders[2]}\n")
     assert main(["prune", "--config", str(recipe), "--keep", "0.4"]) == 0
     config = json.loads(Path(folders[2], "fapm.json").read_text())["config"]
@@ -117,7 +117,9 @@ def test_curve_over_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.host
-def test_demo(capsys: pytest.CaptureFixture) -> None:
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["demo", "--folder", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "finetuned", "out"}
     assert main(["demo"]) == 0
     assert "reloaded: LlamaForCausalLM" in capsys.readouterr().out
 
@@ -133,7 +135,7 @@ def test_demo(capsys: pytest.CaptureFixture) -> None:
 def test_wrong_use_says_why(
     folders: list[str], capsys: pytest.CaptureFixture, options: list[str], message: str
 ) -> None:
-    assert main([*folders, *options]) == 1
+    assert main([*folders, *options]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -141,11 +143,11 @@ def test_recipe_with_unknown_keys(folders: list[str], tmp_path: Path, capsys: py
     pytest.importorskip("yaml")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("kep: 0.1\n")
-    assert main([*folders, "--config", str(recipe)]) == 1
+    assert main([*folders, "--config", str(recipe)]) == 2
     error = capsys.readouterr().err
     assert "the recipe has unknown keys" in error
     assert "kep; known" in error
-    assert main(["prune", folders[0]]) == 1
+    assert main(["prune", folders[0]]) == 2
     error = capsys.readouterr().err
     assert "must be given, on the command line or in the recipe" in error
     assert "finetuned, out" in error

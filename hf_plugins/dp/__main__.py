@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_plugins.accounting import AccountantName, Sampling, epsilon, noise_multiplier_for
 from hf_plugins.dp.config import DPConfig, RunConfig
 from hf_plugins.dp.metric import TrainerAudit, audit_file, audit_trainer
 from hf_plugins.dp.peft import recipe_trainer
+from hf_plugins.recipes import read_recipe
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
@@ -89,9 +89,7 @@ def _audit(args: argparse.Namespace) -> TrainerAudit:
 
 
 def _train(recipe: Path) -> dict[str, Any]:
-    if not recipe.is_file():
-        raise FileNotFoundError(f"the recipe {recipe} does not exist; configs/dp holds some to start from.")
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content = read_recipe(recipe)
     # A section of their own: max_grad_norm and seed mean other things in TrainingArguments.
     dp = DPConfig(**content.pop("dp", {}))
     run, args = HfArgumentParser((RunConfig, TrainingArguments)).parse_dict(content)
@@ -127,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1 if done.refuted else 0
         else:
             print(json.dumps(_train(args.recipe)))
-    except (ValueError, FileNotFoundError, RuntimeError, TypeError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError) as error:
         print(f"mmhf dp: {error}", file=sys.stderr)
         return 2
     return 0

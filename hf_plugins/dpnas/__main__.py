@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_plugins.dp import DPConfig
@@ -15,6 +14,7 @@ from hf_plugins.dpnas.config import DPNASSearchConfig, DPNASTrainConfig
 from hf_plugins.dpnas.dataset import load_images
 from hf_plugins.dpnas.model import DPNASNetConfig, DPNASNetForImageClassification
 from hf_plugins.dpnas.trainer import ImageRecords, make_trainer, save_for_pipeline
+from hf_plugins.recipes import read_recipe
 
 
 def _search(argv: Sequence[str]) -> int:
@@ -48,11 +48,9 @@ def _train(argv: Sequence[str]) -> int:
     parser.add_argument(
         "recipe", type=Path, help="YAML: DPNASTrainConfig and TrainingArguments, DPConfig under dp:"
     )
-    recipe = yaml.safe_load(parser.parse_args(argv).recipe.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("dp"), dict):
-        raise ValueError(
-            "the recipe must be a YAML mapping with a section dp: that holds the options of DPConfig."
-        )
+    recipe = read_recipe(parser.parse_args(argv).recipe)
+    if not isinstance(recipe.get("dp"), dict):
+        raise ValueError("the recipe needs a section dp: that holds the options of DPConfig.")
     # DPConfig stands apart: TrainingArguments has a max_grad_norm and a seed too, and they mean something
     # else.
     try:

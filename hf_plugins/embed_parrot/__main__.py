@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_plugins.embed_parrot.config import ATTACKS, LeakScanConfig
@@ -27,6 +26,7 @@ from hf_plugins.embed_parrot.model import EmbedParrotConfig, small_decoder
 from hf_plugins.embed_parrot.page import render_page
 from hf_plugins.embed_parrot.storage import export_states, load_states
 from hf_plugins.embed_parrot.trainer import train_parrot
+from hf_plugins.recipes import check_weights, read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +112,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace) -> LeakScanConfig:
     options = {option.name: option for option in dataclasses.fields(LeakScanConfig)}
-    values = {} if args.config is None else yaml.safe_load(args.config.read_text(encoding="utf-8")) or {}
+    values = {} if args.config is None else read_recipe(args.config)
     unknown = sorted(set(values) - set(options))
     if unknown:
         raise ValueError(f"{args.config}: no option {', '.join(unknown)}; there are {', '.join(options)}.")
@@ -178,6 +178,7 @@ def _folder(model: str) -> str:
 def load_model(model: str) -> Any:
     """A model for scanning: with its head if it is a causal LM, with its adapter if it is a PEFT folder."""
     folder = _folder(model)
+    check_weights(folder)
     if (Path(folder) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 

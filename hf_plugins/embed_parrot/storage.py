@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -82,7 +82,11 @@ def load_states(path: str | Path) -> ExportedStates:
     Raises:
         ValueError: If it is another kind of file, or its parts do not fit.
     """
-    with safe_open(str(path), framework="pt") as file:
+    try:
+        opened = safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut off or no safetensors file ({error}). Export it again.") from error
+    with opened as file:
         names = set(file.keys())
         layers = sorted(int(name[6:]) for name in names if name.startswith("layer."))
         if not {"codebook", "ids", "lengths"} <= names or not layers:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_plugins.fapm.config import FAPMConfig
 from hf_plugins.fapm.model import apply_sidecar, fapm_prune_checkpoint
+from hf_plugins.recipes import read_recipe
 
 COMMANDS = ("prune", "add", "remove", "curve", "mergekit", "demo")
 _CHOICES = {
@@ -54,9 +55,7 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], FAPMConfig]:
     """Paths and options: the recipe's, overridden by the command line's."""
     values: dict[str, Any] = {}
     if args.config:
-        import yaml
-
-        values = yaml.safe_load(args.config.read_text(encoding="utf-8")) or {}
+        values = read_recipe(args.config)
     paths = {
         name: getattr(args, name, None) or values.pop(name, None) for name in ("base", "finetuned", "out")
     }

@@ -33,6 +33,7 @@ from hf_plugins.gradpruner.storage import (
     write_json,
 )
 from hf_plugins.gradpruner.trainer import calibration_batches, collect, finetune, load_model, model_folder
+from hf_plugins.recipes import read_recipe
 
 COMMANDS = {
     "score": "train LoRA for a few steps and write layer scores and the plan into --output_dir",
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parser.parse_args(words[:1]).command
     try:
         options = TrlParser((RunConfig, GradPrunerConfig, SFTConfig), prog=f"mmhf gradpruner {command}")  # type: ignore[arg-type]
+        if "--config" in words[:-1]:
+            read_recipe(words[words.index("--config") + 1])
         run, config, args = options.parse_args_and_config(words[1:])
         run = replace(run, model=model_folder(run.model))
         return {"score": _score, "apply": _apply, "run": _run}[command](run, config, args)

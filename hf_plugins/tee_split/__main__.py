@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
 
+from hf_plugins.recipes import check_weights, read_recipe
 from hf_plugins.tee_split.attestation import AttestationError
 from hf_plugins.tee_split.channel import ChannelClosed
 from hf_plugins.tee_split.client import ServerRefusedError, SplitClient
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(path: Path, *kinds: Any) -> tuple[Any, ...]:
     parser = HfArgumentParser(kinds)
-    return parser.parse_json_file(path) if path.suffix == ".json" else parser.parse_yaml_file(path)
+    return parser.parse_json_file(path) if path.suffix == ".json" else parser.parse_dict(read_recipe(path))
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -142,6 +143,7 @@ def _keygen(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    check_weights(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     vocabulary, layers = model.config.vocab_size, len(decoder_parts(model).layers)
     generator = torch.Generator().manual_seed(0)

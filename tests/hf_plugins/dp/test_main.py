@@ -54,7 +54,7 @@ def test_audit_tells_by_exit_code(capsys: pytest.CaptureFixture, tmp_path: Path)
     ("words", "message"),
     [
         (["audit", "--scores", "x.json"], "--scores needs --claimed-epsilon"),
-        (["run", "nowhere.yaml"], "does not exist; configs/dp holds some to start from"),
+        (["run", "nowhere.yaml"], "does not exist; configs/ holds some to start from"),
         (
             ["epsilon", "--noise-multiplier", "-1", "--num-steps", "1", "--delta", "1e-5"],
             "must be a finite number",

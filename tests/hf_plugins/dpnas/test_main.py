@@ -49,7 +49,7 @@ def test_wrong_input_is_one_line_and_code_two(tmp_path: Path, capsys: pytest.Cap
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("data: x\n")
     assert main(["train", str(recipe)]) == 2
-    assert "with a section dp: that holds the options of DPConfig" in capsys.readouterr().err
+    assert "needs a section dp: that holds the options of DPConfig" in capsys.readouterr().err
     recipe.write_text("data: x\noutput_dir: y\ndp:\n  sigma: 1.0\n")
     assert main(["train", str(recipe)]) == 2
     assert "section dp: " in capsys.readouterr().err

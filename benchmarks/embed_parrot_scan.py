@@ -94,16 +94,15 @@ def jobs(scale: float) -> dict[str, dict[str, Any]]:
 
     add("minilm-english", "MiniLM", english, public, attacks=plain, layers=tuple(range(7)))
     add("minilm-english-parrot", "MiniLM", english, public, attacks=("parrot",), layers=(6,))
-    # One seed at every layer of the front, three at the cuts that matter.
-    every = (*plain, "parrot", "vocab")
-    front = {"layers": tuple(range(8)), "seeds": (0,), "vocab_tokens": max(20, int(160 * scale))}
-    add("small-lm-english", "small LM", english, public, attacks=every, **front)
-    add("small-lm-english-deep", "small LM", english, public, attacks=(*plain, "vocab"), layers=(8, 9, 10))
+    searched = (*plain, "vocab")
+    # Exact matching reads every token at every layer; few tokens are enough to see it.
+    few = {"layers": tuple(range(11)), "vocab_tokens": 20}
+    add("small-lm-english", "small LM", english, public, attacks=searched, **few)
     add("small-lm-english-parrot", "small LM", english, public, attacks=("parrot",), layers=(10,))
-    # The other layers, in jobs of their own so that each can be run alone.
+    # The trained attack layer by layer, in jobs of their own so that each can be run alone.
     for start, layers in (("front", (0, 1, 2)), ("middle", (4, 5))):
         add(f"minilm-english-parrot-{start}", "MiniLM", english, public, attacks=("parrot",), layers=layers)
-    for start, layers in (("front", (0, 1, 2)), ("middle", (3, 4, 6)), ("deep", (7, 8, 9))):
+    for start, layers in (("front", (0, 1, 2)), ("middle", (3, 4, 5, 6)), ("deep", (7, 8, 9))):
         name = f"small-lm-english-parrot-{start}"
         add(name, "small LM", english, public, attacks=("parrot",), layers=layers)
     for short, model, cut in (("minilm", "MiniLM", 3), ("small-lm", "small LM", 5)):
@@ -118,7 +117,7 @@ def jobs(scale: float) -> dict[str, dict[str, Any]]:
         )
     add("minilm-chinese", "MiniLM", zh_tests, zh_public, attacks=plain, layers=(0, 3, 6))
     add("minilm-chinese-parrot", "MiniLM", zh_tests, zh_public, attacks=("parrot",), layers=(6,))
-    add("small-lm-chinese", "small LM", zh_tests, zh_public, attacks=(*plain, "vocab"), layers=(0, 1, 5, 10))
+    add("small-lm-chinese", "small LM", zh_tests, zh_public, attacks=searched, layers=(0, 1, 5, 10))
     add("small-lm-chinese-parrot", "small LM", zh_tests, zh_public, attacks=("parrot",), layers=(10,))
     kinds = ("none", "dct:window=8", "gauss:0.5", "gauss:2", "int8", "permute")
     # Nothing is trained by gradient here, so one seed of the noise over all tokens will do.

@@ -161,8 +161,8 @@ class DPNASNet(nn.Module):
                 f"this network takes images of {wanted} (channels, height, width); got "
                 f"{tuple(x_NCHW.shape[1:])}. Resize them, or build it with another image_size."
             )
-        # On a CPU the pooling and depthwise layers are several times faster with channels last. Asked for after
-        # the stem: a grey image lies in both orders at once, and its convolution would choose the other one.
+        # On a CPU the pooling and depthwise layers are several times faster with channels last. Asked for
+        # after the stem: a grey image lies in both orders at once, and its convolution takes the other one.
         x_NCHW = self.stem(x_NCHW).contiguous(memory_format=torch.channels_last)
         for cell in self.cells:
             x_NCHW = self.pool(cell(x_NCHW))

@@ -234,4 +234,5 @@ def test_cells_compute_with_channels_last(name: str) -> None:
                 lambda _, inputs, __: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
             )
     network(torch.randn(2, shape["in_channels"], shape["image_size"], shape["image_size"]))
-    assert seen and all(seen)
+    assert len(seen) > 3
+    assert all(seen)

@@ -163,7 +163,8 @@ class DPNASNet(nn.Module):
             )
         # On a CPU the pooling and depthwise layers are several times faster with channels last. Asked for
         # after the stem: a grey image lies in both orders at once, and its convolution takes the other one.
-        x_NCHW = self.stem(x_NCHW).contiguous(memory_format=torch.channels_last)
+        # By axes, since vmap knows no memory formats.
+        x_NCHW = self.stem(x_NCHW).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         for cell in self.cells:
             x_NCHW = self.pool(cell(x_NCHW))
         return self.classifier(self.adapt(x_NCHW).flatten(1))

@@ -237,7 +237,7 @@ def report(folder: Path, seeds: Sequence[int], steps: int, batch: int) -> None:
     }
     write_result(
         "dp_text",
-        command="python -m benchmarks.dp_text",
+        command=f"python -m benchmarks.dp_text --steps {steps} --batch {batch}",
         config={
             "steps": steps,
             "batch": batch,

@@ -94,16 +94,15 @@ def jobs(scale: float) -> dict[str, dict[str, Any]]:
 
     add("minilm-english", "MiniLM", english, public, attacks=plain, layers=tuple(range(7)))
     add("minilm-english-parrot", "MiniLM", english, public, attacks=("parrot",), layers=(6,))
-    # One seed at every layer of the front, three at the cuts that matter.
-    every = (*plain, "parrot", "vocab")
-    front = {"layers": tuple(range(8)), "seeds": (0,), "vocab_tokens": max(20, int(160 * scale))}
-    add("small-lm-english", "small LM", english, public, attacks=every, **front)
-    add("small-lm-english-deep", "small LM", english, public, attacks=(*plain, "vocab"), layers=(8, 9, 10))
+    searched = (*plain, "vocab")
+    # Exact matching reads every token at every layer; few tokens are enough to see it.
+    few = {"layers": tuple(range(11)), "vocab_tokens": 20}
+    add("small-lm-english", "small LM", english, public, attacks=searched, **few)
     add("small-lm-english-parrot", "small LM", english, public, attacks=("parrot",), layers=(10,))
-    # The other layers, in jobs of their own so that each can be run alone.
+    # The trained attack layer by layer, in jobs of their own so that each can be run alone.
     for start, layers in (("front", (0, 1, 2)), ("middle", (4, 5))):
         add(f"minilm-english-parrot-{start}", "MiniLM", english, public, attacks=("parrot",), layers=layers)
-    for start, layers in (("front", (0, 1, 2)), ("middle", (3, 4, 6)), ("deep", (7, 8, 9))):
+    for start, layers in (("front", (0, 1, 2)), ("middle", (3, 4, 5, 6)), ("deep", (7, 8, 9))):
         name = f"small-lm-english-parrot-{start}"
         add(name, "small LM", english, public, attacks=("parrot",), layers=layers)
     for short, model, cut in (("minilm", "MiniLM", 3), ("small-lm", "small LM", 5)):
@@ -118,7 +117,7 @@ def jobs(scale: float) -> dict[str, dict[str, Any]]:
         )
     add("minilm-chinese", "MiniLM", zh_tests, zh_public, attacks=plain, layers=(0, 3, 6))
     add("minilm-chinese-parrot", "MiniLM", zh_tests, zh_public, attacks=("parrot",), layers=(6,))
-    add("small-lm-chinese", "small LM", zh_tests, zh_public, attacks=(*plain, "vocab"), layers=(0, 1, 5, 10))
+    add("small-lm-chinese", "small LM", zh_tests, zh_public, attacks=searched, layers=(0, 1, 5, 10))
     add("small-lm-chinese-parrot", "small LM", zh_tests, zh_public, attacks=("parrot",), layers=(10,))
     kinds = ("none", "dct:window=8", "gauss:0.5", "gauss:2", "int8", "permute")
     # Nothing is trained by gradient here, so one seed of the noise over all tokens will do.
@@ -157,6 +156,15 @@ def jobs(scale: float) -> dict[str, dict[str, Any]]:
     return found
 
 
+def label_of(model: str, small_lm: Path) -> str:
+    """Name of a model in the tables: a small LM of another length than the default one says so."""
+    note = small_lm / "small_lm.json"
+    if model != "small LM" or not note.is_file():
+        return model
+    steps = json.loads(note.read_text(encoding="utf-8"))["settings"]["num_steps"]
+    return model if steps == 1600 else f"{model}, {steps} steps"
+
+
 def run_job(name: str, job: Mapping[str, Any], work: Path, small_lm: Path) -> dict[str, Any]:
     """One scan, or its stored report."""
     done = work / name / "report.json"
@@ -173,6 +181,7 @@ def run_job(name: str, job: Mapping[str, Any], work: Path, small_lm: Path) -> di
         work_dir=work / name / "parts",
         name=f"{job['model']} ({MODELS[job['model']]})",
     )
+    report["label"] = label_of(job["model"], small_lm)
     (work / name / "report.html").write_text(render_page(report), encoding="utf-8")
     part = done.with_suffix(".part")
     part.write_text(json.dumps(report), encoding="utf-8")
@@ -220,18 +229,29 @@ def merged(reports: Mapping[str, Mapping[str, Any]], short: str, language: str) 
     return {**reports[names[0]], "cells": list(rows.values())}
 
 
+def by_model(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Reports of each model: beginning of their names, model, reports."""
+    found = []
+    for short, model in (("minilm", "MiniLM"), ("small-lm", "small LM")):
+        mine = {name: report for name, report in reports.items() if name.startswith(short)}
+        for label in dict.fromkeys(report.get("label", model) for report in mine.values()):
+            chosen = {name: r for name, r in mine.items() if r.get("label", model) == label}
+            found.append((short, label, chosen))
+    return found
+
+
 def attack_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
     """Model x text x layer: what each attack reads back."""
     rows = []
-    for short, model in (("minilm", "MiniLM"), ("small-lm", "small LM")):
+    for short, model, mine in by_model(reports):
         found = [
-            merged(reports, short, language)
+            merged(mine, short, language)
             for language in ("english", "chinese")
-            if f"{short}-{language}" in reports
+            if any(name.startswith(f"{short}-{language}") for name in mine)
         ]
         for report in found:
             for text in dict.fromkeys(row["set"] for row in report["cells"]):
-                for layer in sorted({row["layer"] for row in report["cells"]}):
+                for layer in sorted({row["layer"] for row in cells(report, set=text)}):
                     here = {"set": text, "layer": layer}
                     norm = cells(report, attack="bei_norm", **here)
                     shifted = norm or cells(report, attack="bei", **here)
@@ -283,11 +303,11 @@ def defence_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
 def finding_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
     """The paper's four qualitative findings, the figures that bear on each, and whether they hold here."""
     rows = []
-    for short, model in (("minilm", "MiniLM"), ("small-lm", "small LM")):
-        if f"{short}-english" in reports:
-            rows += depth_findings(merged(reports, short, "english"), model)
-        if f"{short}-parrot-defended" in reports:
-            rows.append(defence_finding(reports[f"{short}-parrot-defended"], model))
+    for short, model, mine in by_model(reports):
+        if f"{short}-english" in mine:
+            rows += depth_findings(merged(mine, short, "english"), model)
+        if f"{short}-parrot-defended" in mine:
+            rows.append(defence_finding(mine[f"{short}-parrot-defended"], model))
     return sorted(rows, key=lambda row: row[0])
 
 
@@ -389,6 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tables", action="store_true", help="run nothing more, write tables of what is there"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--note", help="a remark to print below the tables")
     parser.add_argument("--short", action="store_true", help="one tiny scan, result not kept")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -412,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     missing = [name for name in known if name not in reports]
     if not args.only or args.tables:
-        write_tables(reports, known, missing, args.out)
+        write_tables(reports, known, missing, args.out, remarks=[args.note] if args.note else [])
     print(json.dumps({"benchmark": "embed_parrot_scan", "scans": list(reports), "missing": missing}))
     return 0
 
@@ -429,6 +450,8 @@ def write_tables(
     known: Mapping[str, Mapping[str, Any]],
     missing: Sequence[str],
     out: Path,
+    *,
+    remarks: Sequence[str] = (),
 ) -> None:
     """The four result files; a table none of whose scans is there is left out."""
     config = {name: {"model": known[name]["model"], **report["config"]} for name, report in reports.items()}
@@ -452,7 +475,7 @@ def write_tables(
             packages=PACKAGES,
             columns=columns,
             rows=rows,
-            notes=[*notes, *absent],
+            notes=[*notes, *remarks, *absent],
             details=details,
             folder=out,
         )

@@ -37,12 +37,12 @@ from tools.real_data import ROOT, data_set, read_rows
 from tools.small_lm import blocks, heldout_blocks, perplexity, train_tokenizer
 
 GRID = {
-    "fapm": (0.05, 0.1, 0.2, 0.4, 0.7),
-    "magnitude": (0.02, 0.05, 0.1, 0.2, 0.4),
+    "fapm": (0.05, 0.1, 0.2, 0.4),
+    "magnitude": (0.02, 0.05, 0.1, 0.2),
     "ties": (0.05, 0.1, 0.2),
-    "dare": (0.2, 0.4),
+    "dare": (0.2,),
     "relative": (0.4,),
-    "wise_ft": (0.1, 0.25, 0.5, 0.75),
+    "wise_ft": (0.1, 0.25, 0.5),
 }
 LABELS = {
     "fapm": "FAPM",
@@ -363,7 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
     path = write_result(
         "fapm_forgetting",
-        command="python -m benchmarks.fapm_forgetting",
+        command=f"python -m benchmarks.fapm_forgetting --steps {args.steps} --rate {args.rate:g} "
+        f"--blocks {args.blocks} --answers {args.answers}",
         config={
             **settings,
             "model": args.model.name,

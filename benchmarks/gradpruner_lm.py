@@ -283,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measure(args)
     path = write_result(
         "gradpruner_lm",
-        command=f"python -m benchmarks.gradpruner_lm --steps {args.steps} --score-steps {args.score_steps}",
+        command=f"python -m benchmarks.gradpruner_lm --steps {args.steps} --score-steps {args.score_steps} "
+        f"--num-eval {args.num_eval}",
         config={
             "model": "tools/small_lm.py, 10 layers",
             "ratio": RATIO,

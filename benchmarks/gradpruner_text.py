@@ -283,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = write_result(
         "gradpruner_text",
         command=f"python -m benchmarks.gradpruner_text --steps {args.steps} --score-steps {args.score_steps} "
-        f"--removed {' '.join(map(str, args.removed))}",
+        f"--sets {' '.join(args.sets)} --removed {' '.join(map(str, args.removed))} "
+        f"--num-eval {args.num_eval}",
         config={
             "steps": args.steps,
             "score_steps": args.score_steps,

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -132,8 +131,7 @@ class DPNASNetForImageClassification(PreTrainedModel):
             labels: Class numbers (N,), int64.
             return_dict: Accepted as the pipelines pass it; an output object is returned either way.
         """
-        # On a CPU the pooling and depthwise layers are several times faster with channels last.
-        logits = self.network(pixel_values.contiguous(memory_format=torch.channels_last))
+        logits = self.network(pixel_values)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 

@@ -82,8 +82,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     written = write_pages(ROOT, ROOT / "build" / "site_pages")
     print(f"{len(written)} pages -> {args.out}", flush=True)
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir"]
-    command.append(str(args.out.resolve()))
+    command = [sys.executable, "-m", "mkdocs", "build", "-f", "docs/mkdocs.yml", "--strict", "--quiet"]
+    command += ["--site-dir", str(args.out.resolve())]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 

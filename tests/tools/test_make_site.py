@@ -18,9 +18,7 @@ def repository(tmp_path: Path) -> Path:
     (room / "plot.png").write_bytes(b"png")
     (room / "README.md").write_text("[faq](../../docs/faq.md#no-network) ![plot](plot.png) [code](loss.py)")
     for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
-        (tmp_path / name).write_text(
-            "[toy](mm_plugins/toy/README.md) [away](https://example.org) [here](#top)"
-        )
+        (tmp_path / name).write_text("[toy](mm_plugins/toy/README.md) [away](https://b.org) [here](#top)")
     return tmp_path
 
 
@@ -30,7 +28,7 @@ def test_links_are_turned_to_where_the_pages_lie(repository: Path, tmp_path: Pat
     expected = "[faq](../faq.md#no-network) ![plot](../pictures/mm_plugins_toy_plot.png) code"
     assert (folder / "methods/toy.md").read_text() == expected
     assert (folder / "pictures/mm_plugins_toy_plot.png").read_bytes() == b"png"
-    assert (folder / "index.md").read_text() == "[toy](methods/toy.md) [away](https://a.org) [here](#top)"
+    assert (folder / "index.md").read_text() == "[toy](methods/toy.md) [away](https://b.org) [here](#top)"
     assert (folder / "faq.md").read_text() == "[home](index.md)"
 
 

@@ -57,7 +57,12 @@ def image_file(name: str) -> Picture:
         path = folder / name
         if path.suffix == ".svg":
             text = path.read_text(encoding="utf-8")
-            return f'<div class="scroll drawing">{text[text.index("<svg") :]}</div>'
+            text = text[text.index("<svg") :]
+            size = re.search(r'<svg[^>]*width="([\d.]+)"[^>]*height="([\d.]+)"', text)
+            if size and "viewBox" not in text.split(">", 1)[0]:
+                # Without it a drawing is cut where the page is narrower.
+                text = text.replace("<svg", f'<svg viewBox="0 0 {size.group(1)} {size.group(2)}"', 1)
+            return f'<div class="drawing">{text}</div>'
         kind = "png" if path.suffix == ".png" else "jpeg"
         data = base64.b64encode(path.read_bytes()).decode()
         return f'<figure><img alt="{html.escape(name)}" src="data:image/{kind};base64,{data}"></figure>'
@@ -199,12 +204,17 @@ STOPS = (
 )
 
 
+def first_image() -> Path:
+    """The picture of nuclei that stands for the reader's own."""
+    return sorted((ROOT / "tests" / "data" / "nuclei" / "images").rglob("*.png"))[-1]
+
+
 def words(command: str, folder: Path) -> list[str]:
     """A stop's line as words to run: ``OUT`` and ``IMAGE`` filled in, our programs by this interpreter."""
     parts = shlex.split(command.replace("OUT", os.path.relpath(folder, ROOT)))
     if any(part.endswith("/IMAGE") for part in parts):
-        first = sorted((ROOT / "tests" / "data" / "nuclei" / "images").rglob("*.png"))[-1]
-        parts = [str(first.relative_to(ROOT)) if part.endswith("/IMAGE") else part for part in parts]
+        image = str(first_image().relative_to(ROOT))
+        parts = [image if part.endswith("/IMAGE") else part for part in parts]
     if parts[0] == "python":
         return [sys.executable, *parts[1:]]
     return [sys.executable, "-c", "from hf_plugins.cli import main; raise SystemExit(main())", *parts[1:]]
@@ -256,12 +266,13 @@ def section(stop: Stop, result: dict[str, Any], out: Path) -> str:
     if found is None:
         raise RuntimeError(f"{stop.room}: nothing printed matches {stop.figure!r}; the stop needs mending.")
     name = stop.room.split("/")[1]
-    lines = html.escape("\n".join(stop.commands).replace("OUT", f"demo_out/all/{name}"))
+    typed = "\n".join(stop.commands).replace("OUT", f"demo_out/all/{name}")
+    lines = html.escape(typed.replace("IMAGE", first_image().name))
     return (
         f'<section><h2 id="{name}">{html.escape(stop.title)}</h2>'
         f'<p class="soft"><code>{stop.room}</code>, {result["seconds"]:.0f} s</p>'
         f"<p>{html.escape(stop.says.format(*found.groups()))}</p>"
-        f"{stop.picture(out / name, result['printed'])}<pre>{lines}</pre></section>"
+        f'<div class="shown">{stop.picture(out / name, result["printed"])}</div><pre>{lines}</pre></section>'
     )
 
 

@@ -22,7 +22,8 @@ td:first-child,th:first-child{text-align:left}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem}
 .pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,10rem),1fr));gap:.7rem;margin:.7rem
 0} figure{margin:0}figure img{width:100%;height:auto;display:block;border-radius:4px}
-.drawing{background:#fff;color:#000;border-radius:4px}.drawing svg text{fill:#222}
+.drawing{background:#fff;color:#000;border-radius:4px}.drawing svg text{fill:#222}.shown{max-width:46rem}
+.drawing svg{width:100%;height:auto;display:block}
 figcaption{font-size:.85rem;color:var(--soft);padding:.2rem 0} svg{width:100%;height:auto}svg
 text{fill:var(--soft);font-size:12px}svg .grid{stroke:var(--line)}
 code,pre{background:var(--card);border-radius:4px;padding:.1em .3em;font-size:.9em}

@@ -38,8 +38,8 @@ from tools.small_lm import blocks, heldout_blocks, perplexity, train_tokenizer
 
 GRID = {
     "fapm": (0.05, 0.1, 0.2, 0.4),
-    "magnitude": (0.02, 0.05, 0.1, 0.2),
-    "ties": (0.05, 0.1, 0.2),
+    "magnitude": (0.05, 0.1, 0.2),
+    "ties": (0.1, 0.2),
     "dare": (0.2,),
     "relative": (0.4,),
     "wise_ft": (0.1, 0.25, 0.5),

@@ -5,3 +5,4 @@ _base_ = [
     "./_base_/schedule_20e.py",
     "mmdet::_base_/default_runtime.py",
 ]
+default_hooks = dict(checkpoint=dict(save_best="coco_panoptic/PQ", rule="greater"))

@@ -68,3 +68,4 @@ val_evaluator = dict(
     seg_prefix=data_root + "gtFine/cityscapes_panoptic_val/",
 )
 test_evaluator = val_evaluator
+default_hooks = dict(checkpoint=dict(save_best="coco_panoptic/PQ", rule="greater"))

@@ -10,4 +10,3 @@ optim_wrapper = dict(
     type="OptimWrapper", optimizer=dict(type="SGD", lr=0.005, momentum=0.9, weight_decay=0.0001)
 )
 auto_scale_lr = dict(enable=False, base_batch_size=8)
-default_hooks = dict(checkpoint=dict(type="CheckpointHook", interval=1, save_best="coco_panoptic/PQ"))

@@ -11,15 +11,18 @@ metainfo = dict(
 )
 model = dict(
     bbox_head=dict(num_classes=1),
-    roi_head=dict(mask_head=dict(num_classes=1)),
+    # Nuclei are about 20 pixels wide: masks of 14x14 do.
+    roi_head=dict(
+        mask_roi_extractor=dict(roi_layer=dict(output_size=7)), mask_head=dict(num_classes=1)
+    ),
     semantic_head=dict(num_things_classes=1, num_stuff_classes=1),
     panoptic_fusion_head=dict(num_things_classes=1, num_stuff_classes=1),
     # Masks learn on the annotated boxes and few others: with crowded images, that is where the time goes. Background is
     # laid however small it is.
-    train_cfg=dict(det_proposal=dict(max_per_img=20)),
+    train_cfg=dict(det_proposal=dict(max_per_img=20), mask=dict(mask_size=14)),
     test_cfg=dict(det=dict(max_per_img=200), panoptic=dict(stuff_area_limit=64)),
 )
-max_epochs = 10
+max_epochs = 6
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadPanopticAnnotations"),
@@ -97,7 +100,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=10)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=6)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 max_lr = 2e-3

@@ -88,8 +88,6 @@ class SpatialFlow(SingleStageDetector):
             for kind, counts in (("thing", things), ("stuff", stuff))
             if len(set(counts.values())) > 1
         ]
-        if self.num_things_classes < 1:
-            wrong.append("num_things_classes must be >= 1; without things, train a semantic segmentor (mmseg)")
         levels = {
             "roi_head.mask_roi_extractor.featmap_strides": len(
                 self.roi_head.mask_roi_extractor.featmap_strides

@@ -95,6 +95,8 @@ class SpatialFlowHead(RetinaHead):
         feat_channels = retina.get("feat_channels", 256)
         strides = retina.get("anchor_generator", {}).get("strides", (8, 16, 32, 64, 128))
         wrong = []
+        if num_classes < 1:
+            wrong.append(f"num_classes={num_classes}: without things, train a semantic segmentor (mmseg)")
         if stacked_stuff_convs != stacked_convs:
             wrong.append(
                 f"stacked_stuff_convs={stacked_stuff_convs} must equal stacked_convs={stacked_convs}: every "

@@ -13,6 +13,8 @@ model = dict(
         norm_cfg=dict(type="BN", requires_grad=True),
         norm_eval=False,
         style="pytorch",
+        # Blocks that start as the identity cost a small network its first steps.
+        zero_init_residual=False,
     ),
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=64),
     bbox_head=dict(

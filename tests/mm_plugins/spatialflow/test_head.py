@@ -189,13 +189,13 @@ def test_weights_start_as_published() -> None:
     head.init_weights()
     torch.testing.assert_close(head.retina_cls.bias, torch.full((27,), -math.log(99)))
     for conv in (head.stuff_convs[0].conv, head.cls_spatial_flow_convs[1].conv, head.cls_convs[0].conv):
-        assert 0.0095 < float(conv.weight.std()) < 0.0105
+        assert 0.0095 < float(conv.weight.detach().std()) < 0.0105
         assert float(conv.bias.abs().max()) == 0
     stuff = stuff_head(feat_channels=64, in_channels=32)
     stuff.init_weights()
     first = stuff.lateral_convs[0][0]
     # Kaiming, fan_out: sqrt(2 / (64 * 9)) = 0.0589.
-    assert float(first.conv.weight.std()) == pytest.approx(0.0589, rel=0.05)
+    assert float(first.conv.weight.detach().std()) == pytest.approx(0.0589, rel=0.05)
     assert float((first.gn.weight - 1).abs().max()) == 0
 
 
@@ -203,6 +203,7 @@ def test_weights_start_as_published() -> None:
     ("changes", "message"),
     [
         ({"flows": ("cls", "stuf")}, "has unknown 'stuf'.*Did you mean 'stuff'"),
+        ({"num_classes": 0}, "train a semantic segmentor"),
         ({"stacked_stuff_convs": 3}, "must equal stacked_convs=4"),
         ({"stacked_mask_convs": 5}, "masks go along the last steps"),
         ({"feat_channels": 32}, "set neck.out_channels to the same number"),

@@ -1,12 +1,14 @@
 """What SpatialFlow's parts cost, next to the literal forms and to mmdet's own, in turns on the same data.
 
-Panoptic quality: ours, a literal loop over pairs of masks, and mmdet's copy of panopticapi's counting. Fusion: ours,
-ours on whole maps, and mmdet's HeuristicFusionHead. Network: one training step and one prediction of SpatialFlow R50
-and of mmdet's PanopticFPN R50 on one real image. Writes ``docs/results/spatialflow_cost.json``.
+Panoptic quality: ours, a literal loop over pairs of masks, and mmdet's copy of panopticapi's counting.
+Fusion: ours, ours on whole maps, and mmdet's HeuristicFusionHead. Network: one training step and one
+prediction of SpatialFlow R50 and of mmdet's PanopticFPN R50 on one real image. Writes
+``docs/results/spatialflow_cost.json``.
 """
 
 import argparse
 import copy
+import functools
 import json
 import resource
 import statistics
@@ -61,7 +63,8 @@ def numpy_peak(run: Callable[[], Any]) -> float:
 
 
 def real_maps() -> list[tuple[np.ndarray, list[dict], list[int], np.ndarray]]:
-    """Real annotations (15 COCO images), and predictions made of them: moved by three pixels, boxes of noise."""
+    """Real annotations (15 COCO images), and predictions made of them: moved by three pixels, boxes of
+    noise."""
     folder = data_set("coco_panoptic_mini")
     metric = PanopticQuality(
         str(folder / "annotations/panoptic_val2017.json"), str(folder / "annotations/panoptic_val2017")
@@ -123,7 +126,8 @@ def pairwise_quality(maps: list) -> np.ndarray:
 
 
 def sorted_pixels_quality(maps: list) -> np.ndarray:
-    """As mmdet's copy of panopticapi counts: all pixels are sorted, twice; from arrays, without its PNG files."""
+    """As mmdet's copy of panopticapi counts: all pixels are sorted, twice; from arrays, without its PNG
+    files."""
     from mm_plugins.compat.panoptic_standin import PQStat
 
     stat = PQStat()
@@ -204,6 +208,23 @@ def crowd_of_instances(height: int, width: int, num: int = 100) -> tuple[torch.T
     )
 
 
+def _fuse_logits(*tensors: torch.Tensor, cropped: bool) -> torch.Tensor:
+    *instances, logits = tensors
+    return fuse(
+        *instances,
+        logits.argmax(0),
+        num_things=80,
+        num_stuff=53,
+        score_thr=0.0,
+        box_fill=None,
+        cropped=cropped,
+    )
+
+
+def _fuse_by_mmdet(head: nn.Module, found: Any, logits: torch.Tensor) -> torch.Tensor:
+    return head.predict([found], [logits])[0].sem_seg[0].int()
+
+
 def fusion_rows(rounds: int, raw: dict, sizes: Sequence[tuple[int, int]]) -> list[list[str]]:
     """Fusion of 100 instances."""
     from mmdet.models.seg_heads.panoptic_fusion_heads import HeuristicFusionHead
@@ -216,21 +237,18 @@ def fusion_rows(rounds: int, raw: dict, sizes: Sequence[tuple[int, int]]) -> lis
         masks, boxes, scores, labels, stuff = crowd_of_instances(height, width)
         found = InstanceData(masks=masks, bboxes=boxes, scores=scores, labels=labels)
         logits = torch.nn.functional.one_hot(stuff, 54).permute(2, 0, 1).float()
-        options: dict[str, Any] = dict(num_things=80, num_stuff=53, score_thr=0.0, box_fill=None)
 
-        def ours(
-            cropped: bool, m=masks, b=boxes, s=scores, c=labels, logits=logits, o=options  # noqa: ANN001
-        ) -> torch.Tensor:
-            return fuse(m, b, s, c, logits.argmax(0), cropped=cropped, **o)
-
-        sides = {
-            "ours": lambda: ours(True),
-            "ours on whole maps": lambda: ours(False),
-            "mmdet's HeuristicFusionHead": lambda f=found, x=logits: head.predict([f], [x])[0].sem_seg[0].int(),
+        ours = functools.partial(_fuse_logits, masks, boxes, scores, labels, logits)
+        sides: dict[str, Callable[[], torch.Tensor]] = {
+            "ours": functools.partial(ours, cropped=True),
+            "ours on whole maps": functools.partial(ours, cropped=False),
+            "mmdet's HeuristicFusionHead": functools.partial(_fuse_by_mmdet, head, found, logits),
         }
         results = [run() for run in sides.values()]
         if not all(torch.equal(results[0], other) for other in results[1:]):
-            raise RuntimeError("the fused maps differ; nothing is compared then. Look for the fault in fuse().")
+            raise RuntimeError(
+                "the fused maps differ; nothing is compared then. Look for the fault in fuse()."
+            )
         times = cpu_times(sides, rounds)
         raw[f"fusion {height}x{width}"] = {"seconds": times}
         rows += [
@@ -343,14 +361,25 @@ def network_rows(rounds: int, raw: dict, side: int) -> list[list[str]]:
     }
     gmacs = {name: dense_gmacs(model) for name, model in models.items()}
     ours, rival = gmacs.values()
-    rows = [["R50, GMAC at 800x1344 without regions: PanopticFPN", f"{ours:.0f}", f"{rival:.0f}", f"{rival / ours:.2f}", ""]]
+    rows = [
+        [
+            "R50, GMAC at 800x1344 without regions: PanopticFPN",
+            f"{ours:.0f}",
+            f"{rival:.0f}",
+            f"{rival / ours:.2f}",
+            "",
+        ]
+    ]
     raw["network"] = {"gmacs": gmacs, "peak_mib": peaks, "side": side}
     for work, run in (("step", training_step), ("prediction", prediction)):
-        times = cpu_times({name: (lambda m=model: run(m, batch)) for name, model in models.items()}, rounds)
+        times = cpu_times(
+            {name: functools.partial(run, model, batch) for name, model in models.items()}, rounds
+        )
         raw["network"][work] = times
         rows.append(
             [
-                f"R50, {'training step' if work == 'step' else 'prediction'}, one image of {side} pixels, s: PanopticFPN",
+                f"R50, {'training step' if work == 'step' else 'prediction'}, one image of {side} pixels, "
+                f"s: PanopticFPN",
                 f"{statistics.median(times['SpatialFlow']):.2f}",
                 f"{statistics.median(times['PanopticFPN']):.2f}",
                 spread([b / a for a, b in zip(times["SpatialFlow"], times["PanopticFPN"], strict=True)]),
@@ -393,12 +422,16 @@ def main(argv: Sequence[str]) -> int:
             columns=COLUMNS,
             rows=rows,
             notes=[
-                "CPU time on one thread, sides in turns, medians; ratio with smallest and largest of the turns. "
+                "CPU time on one thread, sides in turns, medians; ratio with smallest and largest of the "
+                "turns. "
                 "Results of all sides are compared before time is taken: equal maps, equal quality.",
-                "Quality: 15 annotated COCO images, predictions made of the annotation; reading of PNGs, which "
+                "Quality: 15 annotated COCO images, predictions made of the annotation; reading of PNGs, "
+                "which "
                 "panopticapi does for the prediction as well, is left out on every side. Peak: NumPy's.",
-                "Network: fresh weights, one real image of which masks of the annotated objects are learned; in the "
-                "prediction neither finds an object, PanopticFPN runs its box head over its proposals. Peak: growth of "
+                "Network: fresh weights, one real image of which masks of the annotated objects are "
+                "learned; in the "
+                "prediction neither finds an object, PanopticFPN runs its box head over its proposals. "
+                "Peak: growth of "
                 "the process in a process of its own, from the built model on.",
             ],
             details=raw,

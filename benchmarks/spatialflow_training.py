@@ -49,7 +49,8 @@ METRICS = ("PQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st")
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean, and half-width of the 95 % confidence interval (Student's t) where there is more than one value."""
+    """Mean, and half-width of the 95 % confidence interval (Student's t) where there is more than one
+    value."""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     half = STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
@@ -107,7 +108,11 @@ def write(data: str, runs: dict[tuple[str, int], Training], seeds: Sequence[int]
     write_result(
         f"spatialflow_{data}",
         command=f"python -m benchmarks.spatialflow_training --data {data}",
-        config={"config": CONFIGS[data], "epochs": epochs, "arms": {a: list(f) for a, f in ARMS[data].items()}},
+        config={
+            "config": CONFIGS[data],
+            "epochs": epochs,
+            "arms": {a: list(f) for a, f in ARMS[data].items()},
+        },
         seeds=list(seeds),
         packages=("mmdet", "mmengine", "numpy"),
         columns=columns,
@@ -119,13 +124,17 @@ def write(data: str, runs: dict[tuple[str, int], Training], seeds: Sequence[int]
 
 NOTES = {
     "nuclei": (
-        "2018 Data Science Bowl, 77 training and 23 other validation images; quarter-width ResNet-18, 64 channels "
+        "2018 Data Science Bowl, 77 training and 23 other validation images; quarter-width ResNet-18, 64 "
+        "channels "
         "in pyramid and heads, from scratch, {epochs} epochs on crops of 128x128: a short training, far from "
-        "convergence. Mean and 95 % interval (Student's t) over the seeds; gains are to `none` with the same seed."
+        "convergence. Mean and 95 % interval (Student's t) over the seeds; gains are to `none` with the "
+        "same seed."
     ),
     "coco": (
-        "Six COCO images, 133 classes, training and test images the same: learned by heart in {epochs} steps by "
-        "the quarter-width ResNet-18 with 64 channels, from scratch. It shows that the chain is right, and nothing "
+        "Six COCO images, 133 classes, training and test images the same: learned by heart in {epochs} "
+        "steps by "
+        "the quarter-width ResNet-18 with 64 channels, from scratch. It shows that the chain is right, and "
+        "nothing "
         "about other images."
     ),
 }

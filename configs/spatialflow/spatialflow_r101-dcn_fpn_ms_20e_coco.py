@@ -7,9 +7,7 @@ model = dict(
         dcn=dict(type="DCNv2", deform_groups=1, fallback_on_stride=False),
         stage_with_dcn=(False, True, True, True),
     ),
-    bbox_head=dict(
-        dcn_cls_convs_idx=[0, 1, 2, 3], dcn_stuff_convs_idx=[0, 1, 2, 3], dcn_mask_convs_idx=[0]
-    ),
+    bbox_head=dict(dcn_cls_convs_idx=[0, 1, 2, 3], dcn_stuff_convs_idx=[0, 1, 2, 3], dcn_mask_convs_idx=[0]),
 )
 train_pipeline = [
     dict(type="LoadImageFromFile"),

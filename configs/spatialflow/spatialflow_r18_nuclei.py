@@ -12,9 +12,7 @@ metainfo = dict(
 model = dict(
     bbox_head=dict(num_classes=1, bbox_coder=dict(target_stds=[0.1, 0.1, 0.2, 0.2])),
     # Nuclei are about 20 pixels wide: masks of 14x14 do.
-    roi_head=dict(
-        mask_roi_extractor=dict(roi_layer=dict(output_size=7)), mask_head=dict(num_classes=1)
-    ),
+    roi_head=dict(mask_roi_extractor=dict(roi_layer=dict(output_size=7)), mask_head=dict(num_classes=1)),
     semantic_head=dict(num_things_classes=1, num_stuff_classes=1),
     panoptic_fusion_head=dict(num_things_classes=1, num_stuff_classes=1),
     # Masks learn on the annotated boxes and few others: with crowded images, that is where the time goes. Boxes below 0.3

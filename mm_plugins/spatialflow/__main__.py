@@ -1,4 +1,5 @@
-"""``mmhf spatialflow picture | check | mend | convert``: see what a model segments, and prepare data and weights."""
+"""``mmhf spatialflow picture | check | mend | convert``: see what a model segments, and prepare data and
+weights."""
 
 import argparse
 import json
@@ -62,12 +63,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("pngs", type=Path, help="folder of its PNGs")
         command.set_defaults(run=run)
     mend.add_argument("out", type=Path, help="JSON to write")
-    convert = commands.add_parser("convert", help="turn a checkpoint of the authors' release into one of this suite")
+    convert = commands.add_parser(
+        "convert", help="turn a checkpoint of the authors' release into one of this suite"
+    )
     convert.add_argument("checkpoint", help="checkpoint of chensnathan/SpatialFlow")
     convert.add_argument("out", type=Path, help="checkpoint to write")
-    convert.add_argument("--config", help="config of this suite; names and shapes are checked against its model")
     convert.add_argument(
-        "--things-channel", type=int, default=THINGS_CHANNEL, help="the release's channel of things; 36 for COCO"
+        "--config", help="config of this suite; names and shapes are checked against its model"
+    )
+    convert.add_argument(
+        "--things-channel",
+        type=int,
+        default=THINGS_CHANNEL,
+        help="the release's channel of things; 36 for COCO",
     )
     convert.set_defaults(run=_convert)
     return parser
@@ -118,7 +126,11 @@ def _pictures(content: dict, folder: Path) -> Any:
             raise FileNotFoundError(
                 f"{path} is missing or no picture. Give the folder that holds the PNGs named in the JSON."
             )
-        yield annotation, decode_png(np.ascontiguousarray(picture[..., ::-1])), f"image {annotation['image_id']!r}"
+        yield (
+            annotation,
+            decode_png(np.ascontiguousarray(picture[..., ::-1])),
+            f"image {annotation['image_id']!r}",
+        )
         if (i + 1) % 500 == 0:
             print(f"{i + 1} of {total} images", file=sys.stderr)
 
@@ -159,7 +171,8 @@ def _convert(args: argparse.Namespace) -> int:
         wrong += [name for name in weights if name in wanted and weights[name].shape != wanted[name].shape]
         if wrong:
             raise ValueError(
-                f"the checkpoint is not of the model of {args.config}: {len(wrong)} names or shapes differ, first "
+                f"the checkpoint is not of the model of {args.config}: {len(wrong)} names or shapes "
+                f"differ, first "
                 f"{wrong[0]!r}. Give the config of the same backbone and variant."
             )
     _write(args.out, lambda path: torch.save({"state_dict": weights, "meta": {}}, path))
@@ -170,7 +183,9 @@ def _convert(args: argparse.Namespace) -> int:
 def _read(path: Path) -> dict:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or "annotations" not in content:
-        raise ValueError(f"{path} is no COCO panoptic JSON: it has no annotations. Give the panoptic_*.json file.")
+        raise ValueError(
+            f"{path} is no COCO panoptic JSON: it has no annotations. Give the panoptic_*.json file."
+        )
     return content
 
 

@@ -32,7 +32,8 @@ def check_annotations(content: Mapping[str, Any], name: str) -> None:
     for category in content["categories"]:
         if not {"id", "name", "isthing"} <= set(category):
             raise ValueError(
-                f"{name}: category {category} lacks {sorted({'id', 'name', 'isthing'} - set(category))}. Each "
+                f"{name}: category {category} lacks {sorted({'id', 'name', 'isthing'} - set(category))}. "
+                f"Each "
                 "needs id, name, and isthing (1 for countable objects, 0 for stuff)."
             )
     known = {category["id"] for category in content["categories"]}
@@ -40,12 +41,14 @@ def check_annotations(content: Mapping[str, Any], name: str) -> None:
         where = f"{name}, image {annotation.get('image_id')!r}"
         if "segments_info" not in annotation or "image_id" not in annotation:
             raise ValueError(
-                f"{where}: no segments_info. This may be an instance JSON; SpatialFlow needs the panoptic one."
+                f"{where}: no segments_info. This may be an instance JSON; SpatialFlow needs the panoptic "
+                f"one."
             )
         ids = [segment.get("id") for segment in annotation["segments_info"]]
         if len(set(ids)) < len(ids) or None in ids or VOID in ids:
             raise ValueError(
-                f"{where}: segment ids must differ from one another and from {VOID}, which is void; got {ids}. "
+                f"{where}: segment ids must differ from one another and from {VOID}, which is void; got "
+                f"{ids}. "
                 "Number the segments of an image from 1, in JSON and PNG alike."
             )
         for segment in annotation["segments_info"]:
@@ -120,7 +123,8 @@ def check_picture(ids_HW: np.ndarray, segments: Sequence[Mapping[str, Any]], nam
     absent = sorted(set(listed) - set(areas))
     if unlisted:
         raise ValueError(
-            f"{name}: the PNG has segments {unlisted[:5]} that the JSON does not list. Add their category, or "
+            f"{name}: the PNG has segments {unlisted[:5]} that the JSON does not list. Add their category, "
+            f"or "
             "paint them 0 (void)."
         )
     if absent:
@@ -128,7 +132,8 @@ def check_picture(ids_HW: np.ndarray, segments: Sequence[Mapping[str, Any]], nam
     for key, segment in listed.items():
         if "area" in segment and segment["area"] != areas[key]:
             raise ValueError(
-                f"{name}: segment {key} has area {segment['area']} in the JSON and {areas[key]} pixels in the "
+                f"{name}: segment {key} has area {segment['area']} in the JSON and {areas[key]} pixels in "
+                f"the "
                 f"PNG. Was the PNG resized? Otherwise, {MEND}."
             )
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 THINGS_CHANNEL = 36
-"""Where the release's stuff head has its channel for things: categories sorted by id, "things-other" is 183."""
+"""Where the release's stuff head has its channel for things: categories sorted by id, "things-other" is
+183."""
 PREFIXES = {
     "backbone.": "backbone.",
     "neck.": "neck.",
@@ -30,7 +31,9 @@ def things_last(rows: Tensor, things_channel: int = THINGS_CHANNEL) -> Tensor:
     return rows[torch.tensor(order)]
 
 
-def convert_release(weights: Mapping[str, Tensor], *, things_channel: int = THINGS_CHANNEL) -> dict[str, Tensor]:
+def convert_release(
+    weights: Mapping[str, Tensor], *, things_channel: int = THINGS_CHANNEL
+) -> dict[str, Tensor]:
     """State dict of `SpatialFlow` from that of the release (a fork of mmdet 2.3).
 
     Args:
@@ -48,7 +51,8 @@ def convert_release(weights: Mapping[str, Tensor], *, things_channel: int = THIN
     if strange or absent:
         raise ValueError(
             f"these are not the release's weights: unknown {strange[:3]}, nothing that starts with {absent}. "
-            "Give the state dict of a SpatialFlow checkpoint of chensnathan/SpatialFlow; one of this suite needs "
+            "Give the state dict of a SpatialFlow checkpoint of chensnathan/SpatialFlow; one of this suite "
+            "needs "
             "no conversion."
         )
     converted = {}
@@ -57,7 +61,8 @@ def convert_release(weights: Mapping[str, Tensor], *, things_channel: int = THIN
         if name.startswith("stuff_head.conv."):
             if not 0 <= things_channel < len(tensor):
                 raise ValueError(
-                    f"things_channel={things_channel} is none of the {len(tensor)} channels of {name}. Count the "
+                    f"things_channel={things_channel} is none of the {len(tensor)} channels of {name}. "
+                    f"Count the "
                     "stuff categories whose id is smaller than that of things-other."
                 )
             tensor = things_last(tensor, things_channel)

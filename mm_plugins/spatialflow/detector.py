@@ -95,7 +95,8 @@ class SpatialFlow(SingleStageDetector):
             "semantic_head.feat_strides": len(self.semantic_head.feat_strides),
         }
         wrong += [
-            f"{name} has {count} levels, bbox_head.num_flow_levels={self.bbox_head.num_flow_levels}; make them "
+            f"{name} has {count} levels, bbox_head.num_flow_levels={self.bbox_head.num_flow_levels}; make "
+            f"them "
             "equal"
             for name, count in levels.items()
             if count != self.bbox_head.num_flow_levels
@@ -119,7 +120,8 @@ class SpatialFlow(SingleStageDetector):
         for sample in batch_data_samples:
             if "gt_sem_seg" not in sample or "masks" not in sample.gt_instances:
                 raise ValueError(
-                    "SpatialFlow learns from boxes, masks and semantic labels, and this sample has not all of "
+                    "SpatialFlow learns from boxes, masks and semantic labels, and this sample has not all "
+                    "of "
                     "them. Load them with dict(type='LoadPanopticAnnotations') in train_pipeline."
                 )
         outs = self.bbox_head(self.extract_feat(batch_inputs))
@@ -148,9 +150,7 @@ class SpatialFlow(SingleStageDetector):
         logits = self.semantic_head.predict(outs[2], metas, rescale)
         return self._with_predictions(batch_data_samples, instances, logits)
 
-    def predict_views(
-        self, views: Sequence[tuple[Tensor, list]], tta_cfg: Config | None = None
-    ) -> list:
+    def predict_views(self, views: Sequence[tuple[Tensor, list]], tta_cfg: Config | None = None) -> list:
         """Predictions from several views (sizes, mirror images) of each image of a batch.
 
         Boxes of all views before NMS go through one NMS; masks inside of the final boxes and stuff logits at
@@ -197,9 +197,7 @@ class SpatialFlow(SingleStageDetector):
                 boxes = bbox_flip(boxes, (height, width), meta["flip_direction"])
             scale = boxes.new_tensor(meta["scale_factor"]).repeat(2)
             alone = [level[index : index + 1] for level in feature]
-            total = total + _unflip(
-                self.roi_head.mask_probabilities(alone, bbox2roi([boxes * scale])), meta
-            )
+            total = total + _unflip(self.roi_head.mask_probabilities(alone, bbox2roi([boxes * scale])), meta)
         (result,) = self.roi_head.mask_head.predict_by_feat(
             [total / len(metas)],
             [InstanceData(bboxes=merged.bboxes.clone(), labels=merged.labels)],
@@ -211,7 +209,9 @@ class SpatialFlow(SingleStageDetector):
         )
         return result.masks
 
-    def _boxes(self, outs: tuple, samples: list, *, rescale: bool = False, **kwargs: Any) -> list[InstanceData]:
+    def _boxes(
+        self, outs: tuple, samples: list, *, rescale: bool = False, **kwargs: Any
+    ) -> list[InstanceData]:
         metas = [sample.metainfo for sample in samples]
         return self.bbox_head.predict_by_feat(
             outs[0], outs[1], batch_img_metas=metas, rescale=rescale, **kwargs
@@ -240,7 +240,9 @@ def _unflip(picture: Tensor, meta: dict) -> Tensor:
 
 def _merge_boxes(views: list[InstanceData], metas: list[dict], cfg: Config) -> InstanceData:
     turned = [
-        bbox_flip(view.bboxes, meta["ori_shape"][:2], meta["flip_direction"]) if meta.get("flip") else view.bboxes
+        bbox_flip(view.bboxes, meta["ori_shape"][:2], meta["flip_direction"])
+        if meta.get("flip")
+        else view.bboxes
         for view, meta in zip(views, metas, strict=True)
     ]
     boxes, scores = torch.cat(turned), torch.cat([view.scores for view in views])

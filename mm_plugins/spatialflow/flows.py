@@ -3,7 +3,7 @@ others."""
 
 # Shapes: N images, C channels, H x W cells.
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,10 @@ FLOWS = ("cls", "stuff", "mask", "stuff_mask")
 class SubNetworks(NamedTuple):
     """Layers of the four sub-networks; an empty list means that a flow is switched off."""
 
-    reg: Sequence[Callable[..., Tensor]]
-    cls: Sequence[Callable[..., Tensor]]
-    stuff: Sequence[Callable[..., Tensor]]
-    mask: Sequence[Callable[..., Tensor]]
+    reg: Sequence[nn.Module]
+    cls: Sequence[nn.Module]
+    stuff: Sequence[nn.Module]
+    mask: Sequence[nn.Module]
     cls_flow: Sequence[nn.Module]
     stuff_flow: Sequence[nn.Module]
     mask_flow: Sequence[nn.Module]
@@ -153,7 +153,7 @@ def _layer(layers: Sequence[nn.Module], i: int) -> nn.Module | None:
 
 def _run_together(source: Tensor, flows: dict[str, nn.Module | None]) -> dict[str, Tensor]:
     """Answers of several 3x3 convolutions that read one feature, from one with their channels joined."""
-    present = {name: flow.conv for name, flow in flows.items() if flow is not None}
+    present: dict[str, Any] = {name: flow.conv for name, flow in flows.items() if flow is not None}
     if len(present) < 2:
         return {}
     weight = torch.cat([conv.weight for conv in present.values()])

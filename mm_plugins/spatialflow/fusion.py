@@ -51,8 +51,8 @@ def fuse(
         Map (H, W), int32: ``label + 1000 * k`` with k = 1, 2, ... for things, ``num_things + j`` for stuff,
         ``num_things + num_stuff`` for void.
 
-    Source: SpatialFlow's release (``combine_panoptic``) with its constants for COCO; steps 1 and 2 as Kirillov
-    et al., CVPR 2019.
+    Source: SpatialFlow's release (``combine_panoptic``) with its constants for COCO; steps 1 and 2 as
+    Kirillov et al., CVPR 2019.
     """
     height, width = stuff_HW.shape
     void = num_things + num_stuff
@@ -83,7 +83,9 @@ def fuse(
     laid = free & large[stuff_HW]
     panoptic[laid] = (stuff_HW[laid] + num_things).to(panoptic.dtype)
 
-    for n in kept if box_fill is not None else ():
+    if box_fill is None:
+        return panoptic
+    for n in kept:
         inside = panoptic[_inside(boxes[n], height, width)]
         if inside.numel() == 0:
             continue

@@ -27,7 +27,8 @@ FUSION_DEFAULTS = {"score_thr": 0.37, "mask_overlap": 0.37, "stuff_area_limit": 
 
 
 class SteeredConv(BaseModule):
-    """Modulated deformable 3x3 convolution and ReLU; offsets and modulation come from outside, from a flow."""
+    """Modulated deformable 3x3 convolution and ReLU; offsets and modulation come from outside, from a
+    flow."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -114,7 +115,8 @@ class SpatialFlowHead(RetinaHead):
             )
         if not 1 <= num_flow_levels <= len(strides):
             wrong.append(
-                f"num_flow_levels={num_flow_levels} must lie in [1, {len(strides)}], the levels of the pyramid"
+                f"num_flow_levels={num_flow_levels} must lie in [1, {len(strides)}], the levels of the "
+                f"pyramid"
             )
         if wrong:
             raise ValueError("SpatialFlowHead: " + " | ".join(wrong) + ".")
@@ -176,14 +178,14 @@ class SpatialFlowHead(RetinaHead):
     def sub_networks(self) -> SubNetworks:
         """The layers, in the form that the core computes with."""
         return SubNetworks(
-            reg=self.reg_convs,
-            cls=self.cls_convs,
-            stuff=self.stuff_convs,
-            mask=self.mask_convs,
-            cls_flow=self.cls_spatial_flow_convs,
-            stuff_flow=self.stuff_spatial_flow_convs,
-            mask_flow=self.mask_spatial_flow_convs,
-            stuff_mask_flow=self.stuff_mask_flow_convs,
+            reg=list(self.reg_convs),
+            cls=list(self.cls_convs),
+            stuff=list(self.stuff_convs),
+            mask=list(self.mask_convs),
+            cls_flow=list(self.cls_spatial_flow_convs),
+            stuff_flow=list(self.stuff_spatial_flow_convs),
+            mask_flow=list(self.mask_spatial_flow_convs),
+            stuff_mask_flow=list(self.stuff_mask_flow_convs),
             steered_cls=self.dcn["cls"],
             steered_stuff=self.dcn["stuff"],
             steered_mask=self.dcn["mask"],
@@ -200,11 +202,15 @@ class SpatialFlowHead(RetinaHead):
         Returns:
             Class logits and box deltas of every level, stuff and mask features of the flow levels.
         """
-        cls_scores, bbox_preds, stuff, mask = [], [], [], []
+        cls_scores, bbox_preds = [], []
+        stuff: list[Tensor] = []
+        mask: list[Tensor] = []
         nets = self.sub_networks
         for level, feature in enumerate(x):
             if level < self.num_flow_levels:
                 out = forward_all(feature, nets, fuse=self.fuse_flow_convs)
+                assert out.stuff is not None, "these levels have a stuff sub-network"
+                assert out.mask is not None, "these levels have a mask sub-network"
                 stuff.append(out.stuff)
                 mask.append(out.mask)
             else:
@@ -240,9 +246,7 @@ class SpatialFlowHead(RetinaHead):
         return self.box_loss(outs, batch_data_samples), boxes
 
 
-def _check_flows(
-    flows: Sequence[str], dcn: Mapping[str, frozenset[int]], counts: Mapping[str, int]
-) -> None:
+def _check_flows(flows: Sequence[str], dcn: Mapping[str, frozenset[int]], counts: Mapping[str, int]) -> None:
     for name in flows:
         if name not in FLOWS:
             near = get_close_matches(name, FLOWS, n=1)
@@ -440,7 +444,8 @@ class SpatialFlowStuffHead(BaseSemanticHead):
         if len(sizes) > 1:
             raise ValueError(
                 f"the levels cover different sizes {sorted(sizes)}: the network's input is no multiple of "
-                f"{max(self.feat_strides)} pixels. Set data_preprocessor.pad_size_divisor={max(self.feat_strides)}."
+                f"{max(self.feat_strides)} pixels. Set "
+                f"data_preprocessor.pad_size_divisor={max(self.feat_strides)}."
             )
         feats = sum(lateral(feature) for feature, lateral in zip(used, self.lateral_convs, strict=True))
         logits = self.conv(feats)
@@ -486,7 +491,9 @@ class SpatialFlowStuffHead(BaseSemanticHead):
             image = image[None, :, :height, :width]
             if rescale:
                 # Nearest neighbour commutes with argmax: this is the release's resizing of labels.
-                mode = dict(mode="nearest") if self.legacy_resize else dict(mode="bilinear", align_corners=False)
+                mode = (
+                    dict(mode="nearest") if self.legacy_resize else dict(mode="bilinear", align_corners=False)
+                )
                 image = F.interpolate(image, size=tuple(meta["ori_shape"][:2]), **mode)
             out.append(image[0])
         return out
@@ -528,7 +535,8 @@ class SpatialFlowFusionHead(HeuristicFusionHead):
             value = self.settings[name]
             if not (value is None and name == "box_fill") and not 0 <= value <= 1:
                 raise ValueError(
-                    f"test_cfg.panoptic.{name} must lie in [0, 1]; got {value}. It is a share: write 0.37 for "
+                    f"test_cfg.panoptic.{name} must lie in [0, 1]; got {value}. It is a share: write 0.37 "
+                    f"for "
                     "37 %."
                 )
         self.cropped = cropped

@@ -45,6 +45,7 @@ class PanopticClassesHook(Hook):
             found = check_things_first(classes, things, f"{name}: metainfo['classes']")
             if found != counts[0]:
                 raise ValueError(
-                    f"{name} has {found} thing classes, the model {counts[0]}. Set num_things_classes={found} "
+                    f"{name} has {found} thing classes, the model {counts[0]}. Set "
+                    f"num_things_classes={found} "
                     f"and num_stuff_classes={len(classes) - found}."
                 )

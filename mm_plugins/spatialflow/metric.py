@@ -81,11 +81,13 @@ class PanopticQuality(BaseMetric):
 
     @dataset_meta.setter
     def dataset_meta(self, meta: dict) -> None:
+        """Take the classes of the data set and check them against the annotation."""
         self._dataset_meta = meta
         classes = list(meta["classes"])
         if len(classes) >= INSTANCE_OFFSET:
             raise ValueError(
-                f"{len(classes)} classes; mmdet's panoptic maps hold label + {INSTANCE_OFFSET} * instance, so "
+                f"{len(classes)} classes; mmdet's panoptic maps hold label + {INSTANCE_OFFSET} * instance, "
+                f"so "
                 f"there can be {INSTANCE_OFFSET - 1} at most."
             )
         if self.ann_file is None:
@@ -129,8 +131,8 @@ class PanopticQuality(BaseMetric):
                     labels,
                     [bool(segment.get("iscrowd", 0)) for segment in segments],
                     panoptic,
-                    pred_ids,
-                    pred_labels,
+                    pred_ids.tolist(),
+                    pred_labels.tolist(),
                 )
             )
 

@@ -22,8 +22,8 @@ def test_ids_and_colours() -> None:
 
 
 def test_averages_by_hand() -> None:
-    """Class 1: 2 matches of IoU sum 1.5, one false positive, one miss: PQ 1.5/3; class 2: a miss, PQ 0; class 3 does
-    not occur."""
+    """Class 1: 2 matches of IoU sum 1.5, one false positive, one miss: PQ 1.5/3; class 2: a miss, PQ 0;
+    class 3 does not occur."""
     stat = PQStat()
     one = PQStat()
     one[1].tp, one[1].iou, one[1].fp = 2, 1.5, 1

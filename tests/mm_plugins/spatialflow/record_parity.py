@@ -1,4 +1,5 @@
-"""Record panopticapi's numbers on random cases: ``python -m tests.mm_plugins.spatialflow.record_parity FOLDER``.
+"""Record panopticapi's numbers on random cases: ``python -m tests.mm_plugins.spatialflow.record_parity
+FOLDER``.
 
 FOLDER holds a checkout of cocodataset/panopticapi (BSD-2-Clause) at commit
 7bb4655548f98f3fedc07bf37e9040a992b054b0. Writes ``tests/data/panoptic_pq/panopticapi.json``.
@@ -40,9 +41,7 @@ def main(source: str) -> None:
                 # A stuff segment of class 0 would have id 0, which is void; there are things here.
                 _write(gt_folder, f"{i}.png", gt)
                 _write(pred_folder, f"{i}.png", np.where(void, 0, panoptic))
-                found = [
-                    {"id": int(v), "category_id": int(v % 1000)} for v in np.unique(panoptic[~void])
-                ]
+                found = [{"id": int(v), "category_id": int(v % 1000)} for v in np.unique(panoptic[~void])]
                 base = {"image_id": i, "file_name": f"{i}.png"}
                 pairs.append(({**base, "segments_info": segments}, {**base, "segments_info": found}))
             stat = pq_compute_single_core(0, pairs, str(gt_folder), str(pred_folder), categories)

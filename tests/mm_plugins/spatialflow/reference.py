@@ -62,9 +62,7 @@ def quality_by_pairs(images: list[PanopticImage], num_classes: int) -> list[tupl
     tp, fp, fn = ([0] * num_classes for _ in range(3))
     for gt, segments, panoptic in images:
         void = ~np.isin(gt, [s["id"] for s in segments])
-        predicted = {
-            int(v): panoptic == v for v in np.unique(panoptic) if v % 1000 < num_classes
-        }
+        predicted = {int(v): panoptic == v for v in np.unique(panoptic) if v % 1000 < num_classes}
         crowd = {s["category_id"]: gt == s["id"] for s in segments if s["iscrowd"]}
         taken = set()
         for segment in segments:

@@ -43,7 +43,11 @@ def test_sound_annotations_pass() -> None:
         (("annotations", 0, "segments_info", 0, "id"), 2, "Number the segments of an image from 1"),
         (("annotations", 0, "segments_info", 0, "id"), 0, "which is void; got \\[0, 2\\]"),
         (("annotations", 0, "segments_info", 0, "category_id"), 8, "Add it there, or correct the segment"),
-        (("annotations", 0, "segments_info", 1, "bbox"), None, "segment 2 lacks \\['bbox'\\]; `mmhf spatialflow mend"),
+        (
+            ("annotations", 0, "segments_info", 1, "bbox"),
+            None,
+            "segment 2 lacks \\['bbox'\\]; `mmhf spatialflow mend",
+        ),
         (("annotations", 0, "segments_info", 1, "area"), None, "segment 2 lacks \\['area'\\]"),
     ],
 )
@@ -61,13 +65,19 @@ def test_faulty_json(path: tuple, value: Any, message: str) -> None:
 
 
 def test_json_and_png_that_disagree() -> None:
-    with pytest.raises(ValueError, match="the PNG has segments \\[2\\] that the JSON does not list. Add their"):
+    with pytest.raises(
+        ValueError, match="the PNG has segments \\[2\\] that the JSON does not list. Add their"
+    ):
         check_picture(IDS, SEGMENTS[:1], "image 4")
     extra = [*SEGMENTS, {"id": 3, "category_id": 7, "area": 1, "bbox": [0, 0, 1, 1]}]
-    with pytest.raises(ValueError, match="lists segments \\[3\\] that the PNG does not have; `mmhf spatialflow mend"):
+    with pytest.raises(
+        ValueError, match="lists segments \\[3\\] that the PNG does not have; `mmhf spatialflow mend"
+    ):
         check_picture(IDS, extra, "image 4")
     wrong = [SEGMENTS[0], {**SEGMENTS[1], "area": 4}]
-    with pytest.raises(ValueError, match="has area 4 in the JSON and 3 pixels in the PNG. Was the PNG resized"):
+    with pytest.raises(
+        ValueError, match="has area 4 in the JSON and 3 pixels in the PNG. Was the PNG resized"
+    ):
         check_picture(IDS, wrong, "image 4")
 
 
@@ -86,7 +96,8 @@ def test_things_first() -> None:
     assert check_things_first(["a"], [True], "classes") == 1
     assert check_things_first(["a", "b"], [False, False], "classes") == 0
     with pytest.raises(
-        ValueError, match="'road' \\(stuff\\) comes before 'car' \\(thing\\).*classes=\\('car', 'road', 'sky'\\)"
+        ValueError,
+        match="'road' \\(stuff\\) comes before 'car' \\(thing\\).*classes=\\('car', 'road', 'sky'\\)",
     ):
         check_things_first(["road", "car", "sky"], [False, True, False], "classes")
 

@@ -43,7 +43,9 @@ def test_the_real_pair_has_the_known_objects_and_pixels(kind: str) -> None:
 
 @pytest.mark.real
 def test_published_scale_of_the_real_pair() -> None:
-    shapes = {item["data_samples"].img_id: item["data_samples"].img_shape for item in tiny.coco_sample((1333, 800))}
+    shapes = {
+        item["data_samples"].img_id: item["data_samples"].img_shape for item in tiny.coco_sample((1333, 800))
+    }
     assert shapes == {142238: (800, 1199), 439180: (750, 1333)}
 
 
@@ -57,7 +59,12 @@ def test_nuclei_of_the_repository() -> None:
 
 
 def write_set(
-    folder: Path, categories: list[dict], *, png: str = "one.png", ids: np.ndarray | None = None, **segment: Any
+    folder: Path,
+    categories: list[dict],
+    *,
+    png: str = "one.png",
+    ids: np.ndarray | None = None,
+    **segment: Any,
 ) -> dict:
     """A set of one image with a square of category 5 on category 2; arguments of the data set."""
     if ids is None:
@@ -82,7 +89,11 @@ def write_set(
         ann_file=str(folder / "set.json"),
         data_prefix=dict(img=str(folder), seg=str(folder / "png")),
         metainfo=dict(classes=("cat", "sky"), thing_classes=("cat",), stuff_classes=("sky",)),
-        pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadPanopticAnnotations"), dict(type="PackDetInputs")],
+        pipeline=[
+            dict(type="LoadImageFromFile"),
+            dict(type="LoadPanopticAnnotations"),
+            dict(type="PackDetInputs"),
+        ],
     )
 
 
@@ -141,7 +152,9 @@ def test_cityscapes_layout(tmp_path: Path) -> None:
     names = DATASETS.get("CityscapesPanopticDataset").METAINFO["classes"]
     assert len(names) == 19
     ids = {name: i for i, name in enumerate(names)}
-    categories = [{"id": 100 + ids[n], "name": n, "isthing": int(ids[n] < 8)} for n in (*names[8:], *names[:8])]
+    categories = [
+        {"id": 100 + ids[n], "name": n, "isthing": int(ids[n] < 8)} for n in (*names[8:], *names[:8])
+    ]
     image_id = "aachen_000000_000019"
     png = f"{image_id}_gtFine_panoptic.png"
     config = write_set(tmp_path, categories, png=png, category_id=102)

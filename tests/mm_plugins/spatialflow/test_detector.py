@@ -45,8 +45,8 @@ def undecided(model: nn.Module) -> nn.Module:
 
 
 def expected_cls_loss(positives: int, anchors: int, classes: int) -> float:
-    """Focal loss at p = 0.01: a positive costs .25 * .99^2 * ln 100, a negative .75 * .01^2 * -ln .99; the sum
-    over all anchors and classes is divided by the positives."""
+    """Focal loss at p = 0.01: a positive costs .25 * .99^2 * ln 100, a negative .75 * .01^2 * -ln .99; the
+    sum over all anchors and classes is divided by the positives."""
     right = 0.25 * 0.99**2 * math.log(100)
     wrong = 0.75 * 0.01**2 * -math.log(0.99)
     assert right == pytest.approx(1.1283818248, rel=1e-9)
@@ -83,8 +83,8 @@ def test_losses_of_an_undecided_model_by_hand(model: SpatialFlow) -> None:
 
 @pytest.mark.parity
 def test_losses_on_the_real_pair() -> None:
-    """panopticapi's two images at 320 pixels, 133 classes: 469 positives of 21,149 anchors give 1.131100; of the
-    stuff pixels all but void count: .25 ln 54 * share = .976700."""
+    """panopticapi's two images at 320 pixels, 133 classes: 469 positives of 21,149 anchors give 1.131100; of
+    the stuff pixels all but void count: .25 ln 54 * share = .976700."""
     model = undecided(tiny.detector("_base_/small", bbox_head__anchor_generator__octave_base_scale=4))
     batch = tiny.batch(tiny.coco_sample((320, 192)))
     positives, anchors = count_anchors(model, batch)
@@ -184,9 +184,7 @@ def test_one_image_predicts_the_same_alone_and_in_a_batch(model: SpatialFlow) ->
     """Equal sizes: nothing depends on batch mates."""
     batch = tiny.synthetic_batch([(64, 96), (64, 96)])
     together = predict(overconfident(model), batch)
-    alone = [
-        predict(model, {key: [value[i]] for key, value in batch.items()})[0] for i in range(2)
-    ]
+    alone = [predict(model, {key: [value[i]] for key, value in batch.items()})[0] for i in range(2)]
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a.pred_instances.scores, b.pred_instances.scores, rtol=1e-4, atol=1e-5)
         assert (a.pred_panoptic_seg.sem_seg != b.pred_panoptic_seg.sem_seg).float().mean() < 1e-3
@@ -332,7 +330,9 @@ def test_mixed_precision(model: SpatialFlow) -> None:
         rough = losses(model, batch)
     for name in exact:
         # bf16 has 8 bits: sums of many products differ by a few per cent.
-        assert float(total(rough[name]).detach()) == pytest.approx(float(total(exact[name]).detach()), rel=0.1)
+        assert float(total(rough[name]).detach()) == pytest.approx(
+            float(total(exact[name]).detach()), rel=0.1
+        )
     sum(total(loss) for loss in rough.values()).backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 
@@ -346,9 +346,7 @@ def test_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"]
     command += [str(tiny.ROOT / "tools" / "mm.py"), "train", str(path), "--launcher", "pytorch"]
     command += ["--cfg-options", "env_cfg.dist_cfg.backend=gloo"]
-    done = subprocess.run(
-        command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=280, check=False
-    )
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "coco_panoptic/PQ:" in done.stdout + done.stderr
     # Four validation images, background in each: all were counted, none twice.

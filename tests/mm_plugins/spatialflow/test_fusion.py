@@ -77,8 +77,8 @@ def test_without_box_fill_equal_to_mmdets_head() -> None:
     ("right", "pixels"), [(30, 2500), (35, 2500), (40, 1500)], ids=["60 % free", "50 % free", "40 % free"]
 )
 def test_box_fill_by_hand(right: int, pixels: int) -> None:
-    """100x100, box (10, 10, 60, 60) of 2500 pixels, mask x in [10, right): 1000, 1250, 1500 pixels. The box is
-    filled where at least half of it is free."""
+    """100x100, box (10, 10, 60, 60) of 2500 pixels, mask x in [10, right): 1000, 1250, 1500 pixels. The box
+    is filled where at least half of it is free."""
     mask = torch.zeros(1, 100, 100, dtype=torch.bool)
     mask[0, 10:60, 10:right] = True
     box, one = torch.tensor([[10.0, 10, 60, 60]]), torch.tensor([0.9])
@@ -143,7 +143,13 @@ def test_equal_scores_keep_their_order() -> None:
     masks = torch.ones(33, 4, 4, dtype=torch.bool)
     boxes = torch.tensor([[0.0, 0, 4, 4]]).repeat(33, 1)
     panoptic = fuse(
-        masks, boxes, torch.full((33,), 0.9), torch.arange(33), torch.zeros(4, 4).long(), num_things=33, num_stuff=1
+        masks,
+        boxes,
+        torch.full((33,), 0.9),
+        torch.arange(33),
+        torch.zeros(4, 4).long(),
+        num_things=33,
+        num_stuff=1,
     )
     assert (panoptic == 1000).all()
 

@@ -1,4 +1,5 @@
-"""Heads: parameters, flows against RetinaHead, gradients, deformable steps, stuff and mask losses, options."""
+"""Heads: parameters, flows against RetinaHead, gradients, deformable steps, stuff and mask losses,
+options."""
 
 import math
 from typing import Any
@@ -35,9 +36,7 @@ def test_published_numbers_of_parameters() -> None:
 @pytest.mark.host
 def test_parameters_of_the_deformable_heads_and_of_retinanet() -> None:
     retina: dict[str, Any] = dict(num_classes=80, channels=256)
-    steps = dict(
-        dcn_cls_convs_idx=[0, 1, 2, 3], dcn_stuff_convs_idx=[0, 1, 2, 3], dcn_mask_convs_idx=[0]
-    )
+    steps = dict(dcn_cls_convs_idx=[0, 1, 2, 3], dcn_stuff_convs_idx=[0, 1, 2, 3], dcn_mask_convs_idx=[0])
     head = MODELS.build(tiny.head_config(**retina, **steps))
     assert count(head) == 10_563_815
     assert head.cls_spatial_flow_convs[0].conv.out_channels == 27
@@ -257,8 +256,8 @@ def stuff_features(batch: int = 2) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("weight", [0.25, 0.5])
 def test_stuff_loss_of_an_undecided_head_by_hand(weight: float) -> None:
-    """Logits 0 over 5 channels: weight * ln 5 * (labelled pixels) / (pixels of the images). Of 48x64 and 64x40
-    pixels, one row each is ignored."""
+    """Logits 0 over 5 channels: weight * ln 5 * (labelled pixels) / (pixels of the images). Of 48x64 and
+    64x40 pixels, one row each is ignored."""
     head = stuff_head(loss_seg=dict(type="CrossEntropyLoss", ignore_index=255, loss_weight=weight))
     nn.init.zeros_(head.conv.weight)
     nn.init.zeros_(head.conv.bias)
@@ -331,7 +330,9 @@ def test_stuff_options_that_do_not_fit_are_refused(changes: dict[str, Any], mess
 
 def mask_head() -> SpatialFlowMaskHead:
     config = tiny.model_config(**tiny.SMALL_CLASSES)
-    return MODELS.build({**config.roi_head, "train_cfg": config.train_cfg.mask, "test_cfg": config.test_cfg.mask})
+    return MODELS.build(
+        {**config.roi_head, "train_cfg": config.train_cfg.mask, "test_cfg": config.test_cfg.mask}
+    )
 
 
 @pytest.mark.host

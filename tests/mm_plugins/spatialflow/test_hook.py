@@ -22,7 +22,9 @@ def test_classes_of_model_and_data(moment: str) -> None:
     check = getattr(hook, moment)
     check(runner(classes=("a", "b", "c"), thing_classes=("a", "b")))
     check(runner(classes=("a", "b", "c")))
-    with pytest.raises(ValueError, match="2 thing and 1 stuff classes.*has 4 classes. Set num_things_classes"):
+    with pytest.raises(
+        ValueError, match="2 thing and 1 stuff classes.*has 4 classes. Set num_things_classes"
+    ):
         check(runner(classes=("a", "b", "c", "d")))
     with pytest.raises(ValueError, match="things must come before stuff"):
         check(runner(classes=("a", "b", "c"), thing_classes=("a", "c")))

@@ -24,9 +24,7 @@ def weights(folder: Path) -> Path:
     model.semantic_head.conv.weight.data.zero_()
     model.semantic_head.conv.bias.data = torch.tensor([3.0, 0.0])
     torch.nn.init.normal_(model.bbox_head.retina_cls.weight, std=0.3)
-    meta = {
-        "dataset_meta": {"classes": ("nucleus", "background"), "palette": [(90, 190, 250), (30, 30, 40)]}
-    }
+    meta = {"dataset_meta": {"classes": ("nucleus", "background"), "palette": [(90, 190, 250), (30, 30, 40)]}}
     torch.save({"state_dict": model.state_dict(), "meta": meta}, folder / "w.pth")
     return folder / "w.pth"
 
@@ -61,7 +59,10 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path: Path, capsys: pytest
     assert "none.py" in refused(str(tmp_path / "none.py"), model, str(IMAGE), out)
     assert "--strength must lie in [0, 1]" in refused(CONFIG, model, str(IMAGE), out, "--strength", "55")
     boxes = tmp_path / "boxes.py"
-    boxes.write_text('_base_ = ["mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"]\nmodel = dict(backbone=dict(init_cfg=None))\n')
+    boxes.write_text(
+        '_base_ = ["mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"]\n'
+        "model = dict(backbone=dict(init_cfg=None))\n"
+    )
     from mmdet.registry import MODELS
     from mmengine.config import Config
 

@@ -29,7 +29,9 @@ META = {"classes": ("cat", "sky"), "thing_classes": ("cat",), "stuff_classes": (
 def pair_metric(**changes: Any) -> PanopticQuality:
     """The metric on panopticapi's two COCO images."""
     folder = real_data("panopticapi_sample")
-    metric = PanopticQuality(str(folder / "panoptic_examples.json"), str(folder / "panoptic_examples"), **changes)
+    metric = PanopticQuality(
+        str(folder / "panoptic_examples.json"), str(folder / "panoptic_examples"), **changes
+    )
     metric.dataset_meta = tiny.coco_sample().metainfo
     return metric
 
@@ -46,9 +48,9 @@ def perfect(area_limit: int | None = None, *, instances: bool = True, **fusion: 
         boxes = found.bboxes.tensor
         scores = torch.linspace(1.0, 0.9, len(boxes))
         if fusion:
-            panoptic = fuse(
-                masks, boxes, scores, found.labels, stuff, num_things=80, num_stuff=53, **fusion
-            )[None]
+            panoptic = fuse(masks, boxes, scores, found.labels, stuff, num_things=80, num_stuff=53, **fusion)[
+                None
+            ]
         else:
             head = HeuristicFusionHead(test_cfg=ConfigDict(mask_overlap=0.5, stuff_area_limit=area_limit))
             result = InstanceData(bboxes=boxes, scores=scores, labels=found.labels, masks=masks)
@@ -121,7 +123,8 @@ def test_eight_classes_occur_in_the_real_pair(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parity
 @pytest.mark.real
 def test_equal_to_mmdets_metric_on_a_models_predictions(tmp_path: Path) -> None:
-    """mmdet's CocoPanopticMetric, which runs panopticapi's counting, with the stand-in of this suite below it."""
+    """mmdet's CocoPanopticMetric, which runs panopticapi's counting, with the stand-in of this suite below
+    it."""
     folder = real_data("panopticapi_sample")
     other = CocoPanopticMetric(
         ann_file=str(folder / "panoptic_examples.json"), seg_prefix=str(folder / "panoptic_examples"), nproc=1

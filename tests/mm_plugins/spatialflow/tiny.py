@@ -132,7 +132,10 @@ def synthetic_batch(
         boxes = torch.tensor([[4.0, 4, 28, 28], [30, 20, 60, 52]])[: len(masks)]
         sample = DetDataSample(
             metainfo=dict(
-                img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0), img_id=len(samples)
+                img_shape=(height, width),
+                ori_shape=(height, width),
+                scale_factor=(1.0, 1.0),
+                img_id=len(samples),
             )
         )
         from mmdet.structures.mask import BitmapMasks

@@ -14,6 +14,6 @@ except ModuleNotFoundError as error:
         'pip install "mmhf-plugins[mm]"; `mmhf doctor` shows what else is missing.'
     ) from error
 
-from mm_plugins import compat, lau, pkd
+from mm_plugins import compat, lau, pkd, spatialflow
 
-__all__ = ["compat", "lau", "pkd"]
+__all__ = ["compat", "lau", "pkd", "spatialflow"]

@@ -67,3 +67,10 @@ def test_parts_of_another_scan_are_refused(tmp_path: Path) -> None:
 
 def test_fingerprint_does_not_see_the_order_of_keys() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+def test_a_file_that_was_cut_off_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "states.safetensors"
+    path.write_bytes(b"\x00" * 4)
+    with pytest.raises(ValueError, match="is cut off or no safetensors file .* Export it again"):
+        load_states(path)

@@ -59,7 +59,9 @@ def check_annotations(content: Mapping[str, Any], name: str) -> None:
                 )
             lacking = [key for key in ("bbox", "area") if key not in segment]
             if lacking:
-                raise ValueError(f"{where}: segment {segment['id']} lacks {lacking}; {MEND}.")
+                raise ValueError(
+                    f"{where}: segment {segment['id']} has no {' and '.join(lacking)} in the JSON; {MEND}."
+                )
 
 
 def check_things_first(names: Sequence[str], things: Sequence[bool], name: str) -> int:

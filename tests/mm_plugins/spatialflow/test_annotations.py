@@ -38,7 +38,7 @@ def test_sound_annotations_pass() -> None:
     ("path", "value", "message"),
     [
         (("categories",), None, "has no \\['categories'\\]; a COCO panoptic JSON needs"),
-        (("categories", 0, "isthing"), None, "lacks \\['isthing'\\]. Each needs id, name, and isthing"),
+        (("categories", 0, "isthing"), None, "lacks .*isthing.*. Each needs id, name, and isthing"),
         (("annotations", 0, "segments_info"), None, "This may be an instance JSON"),
         (("annotations", 0, "segments_info", 0, "id"), 2, "Number the segments of an image from 1"),
         (("annotations", 0, "segments_info", 0, "id"), 0, "which is void; got \\[0, 2\\]"),
@@ -46,9 +46,9 @@ def test_sound_annotations_pass() -> None:
         (
             ("annotations", 0, "segments_info", 1, "bbox"),
             None,
-            "segment 2 lacks \\['bbox'\\]; `mmhf spatialflow mend",
+            "segment 2 has no bbox.*in the JSON;.*mmhf spatialflow mend",
         ),
-        (("annotations", 0, "segments_info", 1, "area"), None, "segment 2 lacks \\['area'\\]"),
+        (("annotations", 0, "segments_info", 1, "area"), None, "segment 2 has no area"),
     ],
 )
 def test_faulty_json(path: tuple, value: Any, message: str) -> None:
@@ -71,12 +71,12 @@ def test_json_and_png_that_disagree() -> None:
         check_picture(IDS, SEGMENTS[:1], "image 4")
     extra = [*SEGMENTS, {"id": 3, "category_id": 7, "area": 1, "bbox": [0, 0, 1, 1]}]
     with pytest.raises(
-        ValueError, match="lists segments \\[3\\] that the PNG does not have; `mmhf spatialflow mend"
+        ValueError, match="the JSON lists segments .*3.*that the PNG does not have; `mmhf spatialflow mend"
     ):
         check_picture(IDS, extra, "image 4")
     wrong = [SEGMENTS[0], {**SEGMENTS[1], "area": 4}]
     with pytest.raises(
-        ValueError, match="has area 4 in the JSON and 3 pixels in the PNG. Was the PNG resized"
+        ValueError, match="has area 4.*in the JSON and 3.*pixels in the PNG. Was the PNG resized"
     ):
         check_picture(IDS, wrong, "image 4")
 
@@ -104,7 +104,7 @@ def test_things_first() -> None:
 
 def test_names_give_ids_in_their_own_order() -> None:
     assert match_names(["cat", "sky"], CONTENT["categories"], "a.json") == [7, 9]
-    with pytest.raises(ValueError, match="no category named 'skys'. Did you mean sky"):
+    with pytest.raises(ValueError, match="has no category named .*skys.*Did you mean sky"):
         match_names(["skys"], CONTENT["categories"], "a.json")
     with pytest.raises(ValueError, match="It has sky, cat"):
         match_names(["zzzzzz"], CONTENT["categories"], "a.json")

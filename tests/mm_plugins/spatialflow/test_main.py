@@ -91,7 +91,7 @@ def test_check_and_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             segment["area"] = 1
     path.write_text(json.dumps(bare))
     assert main(["check", str(path), pngs]) == 2
-    assert "lacks ['bbox']; `mmhf spatialflow mend" in capsys.readouterr().err
+    assert "has no bbox in the JSON; `mmhf spatialflow mend" in capsys.readouterr().err
     assert main(["mend", str(path), pngs, str(out)]) == 0
     assert "3 of 4 images changed" in capsys.readouterr().out
     assert json.loads(out.read_text())["annotations"] == whole["annotations"]

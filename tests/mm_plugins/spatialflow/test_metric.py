@@ -215,7 +215,7 @@ def test_faults_are_named_before_the_first_image(tmp_path: Path) -> None:
         small_metric(tmp_path, classes=("dog", "sky"))
     with pytest.raises(ValueError, match="Give both, or neither"):
         PanopticQuality("a.json")
-    with pytest.raises(ValueError, match="so there can be 999 at most"):
+    with pytest.raises(ValueError, match="so there can be .*999 at most"):
         PanopticQuality().dataset_meta = {"classes": list(range(1000))}
     with pytest.raises(ValueError, match="so things and stuff cannot be told apart"):
         PanopticQuality().dataset_meta = {"classes": ("a",)}

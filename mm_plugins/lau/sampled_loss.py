@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from mm_plugins.lau.location_loss import two_sided
 from mm_plugins.lau.sampling import (
+    Backend,
     BaseGrid,
     BorderGradient,
     Taps,
@@ -19,11 +20,14 @@ from mm_plugins.lau.sampling import (
     coordinate_gradient,
     find_taps,
     limit_at_border,
+    load_kernels,
     mix_rows,
     rows_to_map,
     sampling_coordinates,
     weight_gradient,
 )
+
+FUSED_BACKENDS = ("auto", "rows", "triton")
 
 
 def _pieces(
@@ -116,6 +120,7 @@ def sampled_cross_entropy(
     base_grid: BaseGrid = "asymmetric",
     border_gradient: BorderGradient = "inclusive",
     ignore_index: int = 255,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`pixel_loss(location_aware_upsample(x, offset), label)` without a tensor of the output's size.
 
@@ -127,14 +132,21 @@ def sampled_cross_entropy(
         base_grid: Where a zero offset samples.
         border_gradient: As in `location_aware_upsample`.
         ignore_index: Label of pixels that do not count.
+        backend: ``rows``, ``triton`` (CUDA kernels; a label that is no class gives NaN), or ``auto``: rows.
 
     Returns:
         Loss of every pixel (N, H, W), fp32 (fp64 for fp64 logits), 0 at ignored pixels, with gradients to the
         logits and the offsets; and whether the best class is the label (bool, no gradient).
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes or the backend do not fit.
+        ImportError: If ``triton`` is asked for and not installed.
     """
+    if backend not in FUSED_BACKENDS:
+        raise ValueError(
+            f"backend of the sampled loss must be one of {', '.join(FUSED_BACKENDS)}; got {backend!r}. "
+            "F.grid_sample holds the enlarged logits, which this loss is there to avoid."
+        )
     needed = (x_NCYX.shape[0], 2, x_NCYX.shape[2] * scale[0], x_NCYX.shape[3] * scale[1])
     if tuple(offset_N2HW.shape) != needed or tuple(label_NHW.shape) != (needed[0], *needed[2:]):
         raise ValueError(
@@ -142,6 +154,7 @@ def sampled_cross_entropy(
             f"{tuple(x_NCYX.shape)} at scale {scale}; got {tuple(offset_N2HW.shape)} and "
             f"{tuple(label_NHW.shape)}. Reduce the labels to the enlarged map first."
         )
-    return _SampledCrossEntropy.apply(
+    function = load_kernels(x_NCYX).CrossEntropyKernels if backend == "triton" else _SampledCrossEntropy
+    return function.apply(
         two_sided(x_NCYX), offset_N2HW, label_NHW, scale, base_grid, border_gradient, ignore_index
     )

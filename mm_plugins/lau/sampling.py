@@ -3,6 +3,7 @@
 # Shapes: N images, C channels, Y x X low-resolution cells, H x W output pixels, G groups of channels that
 # share an offset, O = 2*G offset channels (G vertical, then G horizontal), B = N*G maps, T = C/G channels of
 # one map, K = Y*X cells, P samples (all pixels of all maps, or a part of those of one map).
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,10 +13,10 @@ from torch.autograd.function import once_differentiable
 
 BaseGrid = Literal["asymmetric", "half_pixel", "align_corners"]
 BorderGradient = Literal["inclusive", "inward"]
-Backend = Literal["auto", "rows", "grid_sample"]
+Backend = Literal["auto", "rows", "grid_sample", "triton"]
 BASE_GRIDS = ("asymmetric", "half_pixel", "align_corners")
 BORDER_GRADIENTS = ("inclusive", "inward")
-BACKENDS = ("auto", "rows", "grid_sample")
+BACKENDS = ("auto", "rows", "grid_sample", "triton")
 
 
 class Taps(NamedTuple):
@@ -327,6 +328,30 @@ def _check(x_NCYX: Tensor, offset_NOHW: Tensor, scale: tuple[int, int]) -> None:
         )
 
 
+def load_kernels(x: Tensor) -> ModuleType:
+    """The module of Triton kernels, if it can work on `x`.
+
+    Raises:
+        ImportError: If triton is not installed.
+        ValueError: If `x` lies where no kernel runs.
+    """
+    try:
+        from mm_plugins.lau import kernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError(
+            "backend='triton' needs the package triton, which PyTorch's CUDA builds bring along. Install it "
+            "(pip install triton), or use backend='auto'."
+        ) from error
+    if not (x.is_cuda or kernels.INTERPRETED):
+        raise ValueError(
+            f"backend='triton' needs tensors on a CUDA device; got {x.device}. Use backend='auto', or set "
+            "TRITON_INTERPRET=1 before Python starts to try the kernels slowly on a CPU."
+        )
+    return kernels
+
+
 def location_aware_upsample(
     x_NCYX: Tensor,
     offset_NOHW: Tensor,
@@ -353,15 +378,16 @@ def location_aware_upsample(
         base_grid: Where a zero offset samples; ``asymmetric`` (p/k) is the paper's.
         border_gradient: ``inclusive``: gradient on the closed map, 0 outside (the authors' rule).
             ``inward``: outside also where descent leads back.
-        backend: ``rows`` (deterministic), ``grid_sample`` (for export), or ``auto``: rows, and grid_sample
-            while a graph is exported.
+        backend: ``rows`` (deterministic), ``grid_sample`` (for export), ``triton`` (CUDA kernels,
+            deterministic), or ``auto``: rows, and grid_sample while a graph is exported.
 
     Returns:
-        Map (N, C, H, W) in the dtype of `x`, with channels_last strides when G = 1 (no copy is made). Never
-        outside the range of `x`; NaN where the offset is NaN.
+        Map (N, C, H, W) in the dtype of `x`; from ``rows`` with channels_last strides when G = 1 (no copy is
+        made). Never outside the range of `x`; NaN where the offset is NaN.
 
     Raises:
-        ValueError: If shapes, dtypes or options do not fit.
+        ValueError: If shapes, dtypes or options do not fit, or ``triton`` is asked for on another device.
+        ImportError: If ``triton`` is asked for and not installed.
 
     Source: LaU, arXiv 1911.05250, Section 3.1; coordinate rule of the authors' CUDA op, slopes at whole
     coordinates corrected.
@@ -377,11 +403,18 @@ def location_aware_upsample(
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
     if size is not None:
         offset_NOHW = crop_offset(offset_NOHW, size)
+    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
     if backend == "auto":
-        exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
         backend = "grid_sample" if exporting else "rows"
     if backend == "grid_sample":
         return grid_sample_upsample(x_NCYX, offset_NOHW, scale_factor=scale, base_grid=base_grid)
+    if backend == "triton":
+        if exporting:
+            raise ValueError(
+                "backend='triton' cannot be exported. Set backend='auto', which exports F.grid_sample."
+            )
+        kernels = load_kernels(x_NCYX)
+        return kernels.SampleKernels.apply(x_NCYX, offset_NOHW, scale, base_grid, border_gradient)
     return _SampleRows.apply(x_NCYX, offset_NOHW, scale, base_grid, border_gradient)
 
 

@@ -56,7 +56,11 @@ def test_keeps_nothing_of_the_outputs_size() -> None:
     assert sum(kept) == x.numel() + offset.numel() + label.numel()
 
 
-def test_bad_shapes() -> None:
+def test_bad_shapes_and_backend() -> None:
     x, offset, label = problem(4, 2, torch.float32)
     with pytest.raises(ValueError, match="the sampled loss needs offsets"):
         sampled_cross_entropy(x, offset, label[:, :-1], scale=(2, 2))
+    with pytest.raises(
+        ValueError, match="must be one of auto, rows, triton; got 'grid_sample'. F.grid_sample"
+    ):
+        sampled_cross_entropy(x, offset, label, scale=(2, 2), backend="grid_sample")

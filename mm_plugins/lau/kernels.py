@@ -109,7 +109,6 @@ def _cross_entropy_kernel(
     label_s = tl.load(label + there_s, mask=inside_s, other=0)
     highest_s = tl.full([BLOCK_S], float("-inf"), ACC)
     total_s, score_s = tl.zeros([BLOCK_S], ACC), tl.zeros([BLOCK_S], ACC)
-    best_s = tl.zeros([BLOCK_S], tl.int32)
     for start in range(0, num_channels, BLOCK_T):
         channel_t = start + tl.arange(0, BLOCK_T)
         real_t = channel_t < num_channels
@@ -122,9 +121,7 @@ def _cross_entropy_kernel(
         value = _mix(ul, ur, ll, lr, down_s, right_s)
         score_s += tl.sum(tl.where(channel_t[:, None] == label_s[None, :], value, 0.0), 0)
         value = tl.where(real_t[:, None], value, float("-inf"))
-        peak_s = tl.max(value, 0)
-        best_s = tl.where(peak_s > highest_s, start + tl.argmax(value, 0), best_s)
-        peak_s = tl.maximum(peak_s, highest_s)
+        peak_s = tl.maximum(tl.max(value, 0), highest_s)
         total_s = total_s * tl.exp(highest_s - peak_s) + tl.sum(tl.exp(value - peak_s[None, :]), 0)
         highest_s = peak_s
     log_sum_s = highest_s + tl.log(total_s)
@@ -133,7 +130,8 @@ def _cross_entropy_kernel(
     loss_s = tl.where(known_s, log_sum_s - score_s, float("nan"))
     tl.store(loss + there_s, tl.where(label_s == ignore_index, 0.0, loss_s), mask=inside_s)
     tl.store(log_sum + there_s, log_sum_s, mask=inside_s)
-    tl.store(right + there_s, best_s == label_s, mask=inside_s)
+    counted_s = known_s & (label_s != ignore_index)
+    tl.store(right + there_s, counted_s & (score_s >= highest_s), mask=inside_s)
 
 
 @triton.jit
@@ -325,7 +323,7 @@ class _Problem:
         return out
 
     def cross_entropy(self, label_NHW: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, log-sum-exp and whether the best class is the label, each (N, H, W)."""
+        """Loss, log-sum-exp and whether no class beats the label, each (N, H, W)."""
         loss = torch.empty(label_NHW.shape, dtype=self.dtype, device=self.x.device)
         log_sum, right = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.bool)
         _cross_entropy_kernel[self.pixel_grid()](
@@ -439,7 +437,7 @@ class CrossEntropyKernels(torch.autograd.Function):
         border_gradient: BorderGradient,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor]:
-        """Loss of every pixel, and whether its best class is the label."""
+        """Loss of every pixel, and whether no class beats its label."""
         label_NHW = label_NHW.contiguous()
         with torch.cuda.device_of(x_NCYX):
             problem = _Problem(x_NCYX, offset_N2HW, scale, base_grid)

@@ -30,12 +30,9 @@ from mm_plugins.lau.sampling import (
 FUSED_BACKENDS = ("auto", "rows", "triton")
 
 
-def _pieces(
-    taps: Taps, label_NP: Tensor, num_cells: int, num_classes: int
-) -> Iterator[tuple[int, slice, Taps]]:
+def _pieces(taps: Taps, label_NP: Tensor, num_cells: int, length: int) -> Iterator[tuple[int, slice, Taps]]:
     """Image, slice of its flattened pixels, and the taps of these, for all pixels."""
     num_images, num_pixels = label_NP.shape
-    length = chunk_length(num_classes, num_cells)
     for index in range(num_images):
         for start in range(0, num_pixels, length):
             part = slice(start, min(start + length, num_pixels))
@@ -43,7 +40,7 @@ def _pieces(
 
 
 class _SampledCrossEntropy(torch.autograd.Function):
-    """Keeps the low-resolution logits, the offsets and the labels; recomputes the rest in backward."""
+    """Keeps the inputs and one number a pixel, the log-sum-exp; recomputes the rest in backward."""
 
     @staticmethod
     def forward(
@@ -56,21 +53,27 @@ class _SampledCrossEntropy(torch.autograd.Function):
         border_gradient: BorderGradient,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x_NCYX, offset_N2HW, label_NHW)
         ctx.options = (scale, base_grid, border_gradient, ignore_index)
         num_images, num_classes, num_rows, num_columns = x_NCYX.shape
         coordinates = sampling_coordinates(offset_N2HW, num_rows, num_columns, scale, base_grid)
         taps = find_taps(*coordinates, num_rows, num_columns)
         table_NKC = cell_rows(x_NCYX, 1).view(num_images, -1, num_classes)
         label_NP = label_NHW.flatten(1)
-        loss_NP = table_NKC.new_zeros(label_NP.shape)
+        loss_NP, log_sum_NP = table_NKC.new_zeros(label_NP.shape), table_NKC.new_empty(label_NP.shape)
         right_NP = torch.zeros_like(label_NP, dtype=torch.bool)
-        for index, part, piece in _pieces(taps, label_NP, num_rows * num_columns, num_classes):
+        # About 1 MB of values: four passes over them follow, and no sum over cells has to be paid for.
+        length = max(2**18 // num_classes, 1024)
+        for index, part, piece in _pieces(taps, label_NP, num_rows * num_columns, length):
             rows_LC, label_L = mix_rows(table_NKC[index], piece), label_NP[index, part]
             valid_L = label_L != ignore_index
             score_L = rows_LC.gather(1, label_L.where(valid_L, 0)[:, None])[:, 0]
-            loss_NP[index, part] = (rows_LC.logsumexp(1) - score_L).where(valid_L, 0)
-            right_NP[index, part] = rows_LC.argmax(1) == label_L
+            # logsumexp by hand: the maximum also tells whether the label wins, and argmax is slow.
+            highest_L = rows_LC.amax(1)
+            log_sum_L = rows_LC.sub_(highest_L[:, None]).exp_().sum(1).log_().add_(highest_L)
+            log_sum_NP[index, part] = log_sum_L
+            loss_NP[index, part] = (log_sum_L - score_L).where(valid_L, 0)
+            right_NP[index, part] = valid_L & (score_L >= highest_L)
+        ctx.save_for_backward(x_NCYX, offset_N2HW, label_NHW, log_sum_NP)
         right_NHW = right_NP.view_as(label_NHW)
         ctx.mark_non_differentiable(right_NHW)
         return loss_NP.view(label_NHW.shape), right_NHW
@@ -78,7 +81,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NHW: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x_NCYX, offset_N2HW, label_NHW = ctx.saved_tensors
+        x_NCYX, offset_N2HW, label_NHW, log_sum_NP = ctx.saved_tensors
         scale, base_grid, border_gradient, ignore_index = ctx.options
         num_images, num_classes, num_rows, num_columns = x_NCYX.shape
         sy_N1HW, sx_N1HW = sampling_coordinates(offset_N2HW, num_rows, num_columns, scale, base_grid)
@@ -87,11 +90,14 @@ class _SampledCrossEntropy(torch.autograd.Function):
         total_NYXC = table_NKC.new_zeros(num_images, num_rows, num_columns, num_classes)
         label_NP, grad_NP = label_NHW.flatten(1), grad_NHW.flatten(1)
         weight_grads = []
-        for index, part, piece in _pieces(taps, label_NP, num_rows * num_columns, num_classes):
+        num_cells = num_rows * num_columns
+        length = chunk_length(num_classes, num_cells)
+        for index, part, piece in _pieces(taps, label_NP, num_cells, length):
             label_L = label_NP[index, part]
             valid_L = label_L != ignore_index
             # d loss / d row = softmax - one-hot, times the pixel's own factor; exactly 0 where ignored.
-            grad_LC = mix_rows(table_NKC[index], piece).softmax(1)
+            grad_LC = mix_rows(table_NKC[index], piece)
+            grad_LC.sub_(log_sum_NP[index, part, None]).exp_()
             grad_LC.scatter_add_(
                 1, label_L.where(valid_L, 0)[:, None], grad_LC.new_full((len(label_L), 1), -1)
             )
@@ -136,7 +142,7 @@ def sampled_cross_entropy(
 
     Returns:
         Loss of every pixel (N, H, W), fp32 (fp64 for fp64 logits), 0 at ignored pixels, with gradients to the
-        logits and the offsets; and whether the best class is the label (bool, no gradient).
+        logits and the offsets; and whether no class beats the label (bool, no gradient).
 
     Raises:
         ValueError: If the shapes or the backend do not fit.

@@ -23,7 +23,7 @@ class Taps(NamedTuple):
     """The four cells that each sample mixes, and how.
 
     Attributes:
-        cell_P: Index of the upper left cell into the flattened (B, Y, X) cells, int64.
+        cell_P: Index of the upper left cell into the flattened (B, Y, X) cells, int32.
         down_P: Share of the lower row, in [0, 1]; NaN where the coordinate is NaN.
         right_P: Share of the right column, in [0, 1]; NaN where the coordinate is NaN.
         row_step: Distance to the cell below in the flattened cells; 0 if there is one row.
@@ -124,8 +124,8 @@ def find_taps(sy_NGHW: Tensor, sx_NGHW: Tensor, num_rows: int, num_columns: int)
     y0, down = _split(sy_NGHW, num_rows)
     x0, right = _split(sx_NGHW, num_columns)
     num_maps = sy_NGHW.shape[0] * sy_NGHW.shape[1]
-    map_index = torch.arange(num_maps, device=y0.device).view(*sy_NGHW.shape[:2], 1, 1)
-    cell = map_index * (num_rows * num_columns) + (y0.long() * num_columns + x0.long())
+    map_index = torch.arange(num_maps, device=y0.device, dtype=torch.int32).view(*sy_NGHW.shape[:2], 1, 1)
+    cell = map_index * (num_rows * num_columns) + (y0.int() * num_columns + x0.int())
     row_step, column_step = (num_columns if num_rows > 1 else 0), (1 if num_columns > 1 else 0)
     return Taps(cell.flatten(), down.flatten(), right.flatten(), row_step, column_step)
 
@@ -155,10 +155,13 @@ def mix_rows(table: Tensor, taps: Taps) -> Tensor:
 
 def weight_gradient(table: Tensor, taps: Taps, grad_PT: Tensor) -> Tensor:
     """Gradient of `mix_rows` to the four weights of each sample: (P, 4)."""
-    with torch.enable_grad():
-        weights = taps.weights().to(table.dtype).detach().requires_grad_()
-        mixed = F.embedding_bag(taps.cells(), table.detach(), per_sample_weights=weights, mode="sum")
-        return torch.autograd.grad(mixed, weights, grad_PT)[0]
+    cells_P4 = taps.cells()
+    bag_P = torch.arange(len(cells_P4), device=cells_P4.device, dtype=cells_P4.dtype)
+    # What autograd calls, alone: autograd would mix all rows again first, and take twice as long.
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_PT, table.detach(), cells_P4.flatten(), 4 * bag_P, bag_P.repeat_interleave(4), 0
+    )
+    return found.view(-1, 4)
 
 
 def coordinate_gradient(weight_grad_P4: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
@@ -194,13 +197,12 @@ def add_scattered(total_YXT: Tensor, grad_PT: Tensor, taps: Taps) -> None:
         taps: Cells and weights of the same samples, all of this map.
     """
     num_rows, num_columns, _ = total_YXT.shape
-    order_P = torch.argsort(taps.cell_P.int(), stable=True)
-    cells = torch.arange(num_rows * num_columns, device=order_P.device)
+    cell_P, order_P = torch.sort(taps.cell_P, stable=True)
+    cells = torch.arange(num_rows * num_columns, device=order_P.device, dtype=cell_P.dtype)
     # searchsorted, not bincount: bincount adds atomically on a GPU.
-    start = torch.searchsorted(taps.cell_P[order_P], cells)
-    weights_P4 = taps.weights().to(grad_PT.dtype)[order_P]
-    for corner, (down, right) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
-        weight_P = weights_P4[:, corner].contiguous()
+    start = torch.searchsorted(cell_P, cells)
+    weights_4P = taps.weights().to(grad_PT.dtype).index_select(0, order_P).t().contiguous()
+    for weight_P, (down, right) in zip(weights_4P, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
         part = F.embedding_bag(order_P, grad_PT, start, per_sample_weights=weight_P, mode="sum")
         part = part.view_as(total_YXT)
         # With one row or column the second cell has weight 0, and these slices are empty.

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -277,7 +278,7 @@ def loss_row(name: str, case: Case, rounds: int, memory: Mapping[str, float]) ->
     return [row], {"seconds": times, "peak_mb": dict(memory)}
 
 
-def best_seconds(run: Callable[[], object]) -> float:
+def median_seconds(run: Callable[[], object]) -> float:
     """Median seconds of a call, the device's work included."""
     return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=0.5).median
 
@@ -286,13 +287,11 @@ def seconds_per_byte(device: str) -> float:
     """What moving a byte takes: a large copy reads and writes each of its bytes once."""
     source = torch.empty(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return best_seconds(lambda: target.copy_(source)) / (2 * source.numel())
+    return median_seconds(lambda: target.copy_(source)) / (2 * source.numel())
 
 
-def gpu_rows(
-    cases: Mapping[str, Case], device: str, backends: Sequence[str]
-) -> tuple[list[list[str]], dict[str, dict[str, float]]]:
-    """Operator and fused loss on a device: milliseconds of each backend, and of the bytes that must move.
+def device_times(case: Case, device: str, backends: Sequence[str], per_byte: float) -> dict[str, float]:
+    """Operator and fused loss on a device: seconds of each backend, and of the bytes that must move.
 
     Forward must write the output and read the map and the offsets; backward must read the gradient of the
     output and both inputs, and write both gradients. The fused loss has no such bound worth the name: it
@@ -301,39 +300,39 @@ def gpu_rows(
     from mm_plugins.lau.sampled_loss import FUSED_BACKENDS, sampled_cross_entropy
     from mm_plugins.lau.sampling import location_aware_upsample
 
-    per_byte, rows, found = seconds_per_byte(device), [], {}
-    for name, case in cases.items():
-        x, offset, label, grad = (t.detach().to(device) for t in inputs(case))
-        x.requires_grad_(), offset.requires_grad_()
-        k = case[3]
-        small, large = 4 * (x.numel() + offset.numel()), 4 * grad.numel()
-        times = {
-            "bound, forward": per_byte * (small + large),
-            "bound, backward": per_byte * (2 * small + large),
-        }
-        for backend in backends:
-            out = location_aware_upsample(x, offset, scale_factor=k, backend=backend)
-            times[f"{backend}, forward"] = best_seconds(
-                lambda b=backend: location_aware_upsample(x, offset, scale_factor=k, backend=b).detach()
-            )
-            times[f"{backend}, backward"] = best_seconds(
-                lambda o=out: torch.autograd.grad(o, (x, offset), grad, retain_graph=True)
-            )
-            if backend in FUSED_BACKENDS:
-                times[f"{backend}, loss forward and backward"] = best_seconds(
-                    lambda b=backend: torch.autograd.grad(
-                        sampled_cross_entropy(x, offset, label, scale=(k, k), backend=b)[0].sum(), (x, offset)
-                    )
-                )
-        found[name] = times
-        rows += [[name, what, f"{1000 * seconds:.3g}"] for what, seconds in times.items()]
-    return rows, found
+    x, offset, label, grad = (t.detach().to(device) for t in inputs(case))
+    x.requires_grad_(), offset.requires_grad_()
+    k, small, large = case[3], 4 * (x.numel() + offset.numel()), 4 * grad.numel()
+    found = {"bound, forward": per_byte * (small + large), "bound, backward": per_byte * (2 * small + large)}
+
+    def forward(backend: str) -> Tensor:
+        return location_aware_upsample(x, offset, scale_factor=k, backend=backend)
+
+    def backward(out: Tensor) -> None:
+        torch.autograd.grad(out, (x, offset), grad, retain_graph=True)
+
+    def fused(backend: str) -> None:
+        loss, _ = sampled_cross_entropy(x, offset, label, scale=(k, k), backend=backend)
+        torch.autograd.grad(loss.sum(), (x, offset))
+
+    for backend in backends:
+        found[f"{backend}, forward"] = median_seconds(partial(forward, backend))
+        found[f"{backend}, backward"] = median_seconds(partial(backward, forward(backend)))
+        if backend in FUSED_BACKENDS:
+            found[f"{backend}, loss forward and backward"] = median_seconds(partial(fused, backend))
+    return found
 
 
 def measure_gpu(folder: Path) -> None:
     """The kernels on the CUDA device of this machine."""
     cases = {name: (8, *case[1:]) for name, case in SHAPES.items()}
-    rows, found = gpu_rows(cases, "cuda", ("grid_sample", "rows", "triton"))
+    per_byte, backends = seconds_per_byte("cuda"), ("grid_sample", "rows", "triton")
+    found = {name: device_times(case, "cuda", backends, per_byte) for name, case in cases.items()}
+    rows = [
+        [name, what, f"{1000 * seconds:.3g}"]
+        for name, times in found.items()
+        for what, seconds in times.items()
+    ]
     write_result(
         "lau_gpu",
         command="python -m benchmarks.lau",
@@ -393,7 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
         rows=rows,
         notes=[
-            f"Shapes (images, channels, cells, k): {listed}. One thread, fp32, sides in turns; CPU time, and medians by the clock beside it, on a machine with other work; "
+            f"Shapes (images, channels, cells, k): {listed}. One thread, fp32, sides in turns; CPU time, and "
+            "medians by the clock beside it, on a machine with other work; "
             "memory is the growth of a process beyond its inputs, forward and backward; the time of the "
             "targets is without the own loss that both need, their memory with it."
         ],

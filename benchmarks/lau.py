@@ -4,22 +4,28 @@ Operator, forward and backward: ours, `F.grid_sample` with the grid it needs, an
 authors' op, which copies the offsets once per channel. Loss targets: ours, and the literal five enlarged maps
 with their log-softmaxes. Cross entropy: enlarged logits first, or piece by piece. Every side runs in turns;
 memory is that of a fresh process. Writes ``docs/results/lau_op.json``.
+
+Where there is a CUDA device, the Triton kernels are measured too, against the plain path, `F.grid_sample` and
+the time that the bytes they must move would take: ``docs/results/lau_gpu.json``.
 """
 
 import argparse
 import json
 import multiprocessing
 import resource
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -141,26 +147,37 @@ LOSSES = {"enlarged": loss_of_enlarged, "in pieces": loss_in_pieces}
 
 
 def step(part: str, side: str, case: Case) -> Callable[[], dict[str, float]]:
-    """One run of a side: seconds of CPU time of its forward and backward."""
+    """One run of a side: seconds of CPU time and of clock time of its forward and backward."""
     x, offset, label, grad = inputs(case)
     k = case[3]
 
     def run() -> dict[str, float]:
-        start = time.process_time()
+        marks = [_clocks()]
         if part == "targets":
             TARGETS[side](x, offset, label, k)
-            return {"forward": time.process_time() - start}
-        if part == "operator":
+            marks.append(_clocks())
+        elif part == "operator":
             out = OPERATORS[side](x, offset, k)
-            middle = time.process_time()
+            marks.append(_clocks())
             torch.autograd.grad(out, (x, offset), grad)
+            marks.append(_clocks())
         else:
             out = LOSSES[side](x, offset, label, k)
-            middle = time.process_time()
+            marks.append(_clocks())
             torch.autograd.grad(out, (x, offset))
-        return {"forward": middle - start, "backward": time.process_time() - middle}
+            marks.append(_clocks())
+        return {
+            name + clock: after[clock] - before[clock]
+            for name, before, after in zip(("forward", "backward"), marks, marks[1:], strict=False)
+            for clock in before
+        }
 
     return run
+
+
+def _clocks() -> dict[str, float]:
+    """CPU time of this process, and the clock."""
+    return {"": time.process_time(), " (clock)": time.perf_counter()}
 
 
 def peak_mb(part: str, side: str, case: Case) -> float:
@@ -200,6 +217,12 @@ def ratios(times: dict[str, list[dict[str, float]]], other: str, ours: str, key:
     return [a[key] / b[key] for a, b in zip(times[other], times[ours], strict=True)]
 
 
+def clock_ratios(times: dict[str, list[dict[str, float]]], other: str, ours: str) -> str:
+    """The same by the clock: medians of forward and backward."""
+    both = (ratios(times, other, ours, key + " (clock)") for key in ("forward", "backward"))
+    return ", ".join(f"{statistics.median(values):.3g}" for values in both)
+
+
 def operator_rows(
     name: str, case: Case, rounds: int, memory: Mapping[str, float]
 ) -> tuple[list[list[str]], dict]:
@@ -211,6 +234,7 @@ def operator_rows(
             other,
             spread(ratios(times, other, "ours", "forward")),
             spread(ratios(times, other, "ours", "backward")),
+            clock_ratios(times, other, "ours"),
             f"{memory[other]:.0f} / {memory['ours']:.0f}",
         ]
         for other in ("authors' op", "grid_sample")
@@ -234,6 +258,7 @@ def targets_row(
         "six log-softmaxes",
         spread(faster),
         "",
+        "",
         f"{memory['six log-softmaxes']:.0f} / {memory['ours']:.0f}",
     ]
     return [row], {"seconds": times, "peak_mb": dict(memory)}
@@ -247,9 +272,79 @@ def loss_row(name: str, case: Case, rounds: int, memory: Mapping[str, float]) ->
         "grid_sample, then loss",
         spread(ratios(times, "enlarged", "in pieces", "forward")),
         spread(ratios(times, "enlarged", "in pieces", "backward")),
+        clock_ratios(times, "enlarged", "in pieces"),
         f"{memory['enlarged']:.0f} / {memory['in pieces']:.0f}",
     ]
     return [row], {"seconds": times, "peak_mb": dict(memory)}
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    """Median seconds of a call, the device's work included."""
+    return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=0.5).median
+
+
+def seconds_per_byte(device: str) -> float:
+    """What moving a byte takes: a large copy reads and writes each of its bytes once."""
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return median_seconds(lambda: target.copy_(source)) / (2 * source.numel())
+
+
+def device_times(case: Case, device: str, backends: Sequence[str], per_byte: float) -> dict[str, float]:
+    """Operator and fused loss on a device: seconds of each backend, and of the bytes that must move.
+
+    Forward must write the output and read the map and the offsets; backward must read the gradient of the
+    output and both inputs, and write both gradients. The fused loss has no such bound worth the name: it
+    computes an exponential for each logit and moves next to nothing.
+    """
+    from mm_plugins.lau.sampled_loss import FUSED_BACKENDS, sampled_cross_entropy
+    from mm_plugins.lau.sampling import location_aware_upsample
+
+    x, offset, label, grad = (t.detach().to(device) for t in inputs(case))
+    x.requires_grad_(), offset.requires_grad_()
+    k, small, large = case[3], 4 * (x.numel() + offset.numel()), 4 * grad.numel()
+    found = {"bound, forward": per_byte * (small + large), "bound, backward": per_byte * (2 * small + large)}
+
+    def forward(backend: str) -> Tensor:
+        return location_aware_upsample(x, offset, scale_factor=k, backend=backend)
+
+    def backward(out: Tensor) -> None:
+        torch.autograd.grad(out, (x, offset), grad, retain_graph=True)
+
+    def fused(backend: str) -> None:
+        loss, _ = sampled_cross_entropy(x, offset, label, scale=(k, k), backend=backend)
+        torch.autograd.grad(loss.sum(), (x, offset))
+
+    for backend in backends:
+        found[f"{backend}, forward"] = median_seconds(partial(forward, backend))
+        found[f"{backend}, backward"] = median_seconds(partial(backward, forward(backend)))
+        if backend in FUSED_BACKENDS:
+            found[f"{backend}, loss forward and backward"] = median_seconds(partial(fused, backend))
+    return found
+
+
+def measure_gpu(folder: Path) -> None:
+    """The kernels on the CUDA device of this machine."""
+    cases = {name: (8, *case[1:]) for name, case in SHAPES.items()}
+    per_byte, backends = seconds_per_byte("cuda"), ("grid_sample", "rows", "triton")
+    found = {name: device_times(case, "cuda", backends, per_byte) for name, case in cases.items()}
+    rows = [
+        [name, what, f"{1000 * seconds:.3g}"]
+        for name, times in found.items()
+        for what, seconds in times.items()
+    ]
+    write_result(
+        "lau_gpu",
+        command="python -m benchmarks.lau",
+        config={"shapes": {name: list(case) for name, case in cases.items()}},
+        seeds=[0],
+        packages=("triton",),
+        columns=["shape", "what", "ms, median"],
+        rows=rows,
+        notes=["fp32; the bound is the time of a plain copy of the bytes that the operator must move."],
+        details=found,
+        folder=folder,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,17 +387,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             "against",
             "times faster, forward: median (range)",
             "times faster, backward",
+            "the same by the clock: forward, backward",
             "peak MB (other / ours)",
         ],
         rows=rows,
         notes=[
-            f"Shapes (images, channels, cells, k): {listed}. One thread, CPU time, fp32, sides in turns; "
+            f"Shapes (images, channels, cells, k): {listed}. One thread, fp32, sides in turns; CPU time, and "
+            "medians by the clock beside it, on a machine with other work; "
             "memory is the growth of a process beyond its inputs, forward and backward; the time of the "
             "targets is without the own loss that both need, their memory with it."
         ],
         details=found,
         folder=args.out,
     )
+    if torch.cuda.is_available() and not args.short:
+        measure_gpu(args.out)
     print(json.dumps({"benchmark": "lau_op", "result": path.name, "rows": rows}))
     return 0
 

@@ -7,6 +7,7 @@ Writes ``docs/results/lau_nuclei.json`` and ``docs/results/lau_camvid.json``.
 
 import argparse
 import importlib
+import json
 import math
 import statistics
 import sys
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.record import write_result  # noqa: E402
+from benchmarks.record import RESULTS, write_result  # noqa: E402
 from tools.real_data import data_set  # noqa: E402
 from tools.training_runs import Training, read_scalars, run_side_by_side  # noqa: E402
 
@@ -211,12 +212,37 @@ def table(
     return rows, raw
 
 
-def write(
-    data: str, runs: Mapping[tuple[str, int], Training], seeds: Sequence[int], arms: Sequence[str]
-) -> None:
-    """The result file of one data set."""
+Scores = dict[tuple[str, int], dict[str, float]]
+
+
+def recorded(data: str, config: Mapping[str, Any]) -> dict[str, Scores]:
+    """Scores of the seeds that the result file holds, by the images they are over.
+
+    Raises:
+        ValueError: If that file was written with other settings.
+    """
+    found = json.loads((RESULTS / f"lau_{data}.json").read_text(encoding="utf-8"))
+    if found["config"] != config:
+        raise ValueError(
+            f"docs/results/lau_{data}.json was measured with other arms or epochs; leave --add out and give "
+            "all seeds."
+        )
+    return {
+        images: {(arm, int(seed)): s for arm, one in arms.items() for seed, s in one["scores"].items()}
+        for images, arms in found["details"].items()
+    }
+
+
+def write(data: str, runs: Mapping[tuple[str, int], Training], arms: Sequence[str], *, add: bool) -> None:
+    """The result file of one data set; with `add`, of the seeds it holds and of those just trained."""
     epochs = next(iter(runs.values())).epochs
-    final = {key: scores(run) for key, run in runs.items()}
+    config = {
+        "epochs": epochs,
+        "arms": {arm: {"config": config_of(arm, data), "options": ARMS[arm][1]} for arm in arms},
+    }
+    known = recorded(data, config) if add else {}
+    final = known.get("all images", {}) | {key: scores(run) for key, run in runs.items()}
+    seeds = sorted({seed for _, seed in final})
     costs = cost(arms, data)
     rows, raw = table(final, seeds, costs)
     notes = [
@@ -227,7 +253,9 @@ def write(
     ]
     details: dict[str, Any] = {"all images": raw}
     if data == "nuclei":
-        grey = {key: fluorescence_scores(run) for key, run in runs.items()}
+        grey = known.get("fluorescence images", {}) | {
+            key: fluorescence_scores(run) for key, run in runs.items()
+        }
         grey_rows, details["fluorescence images"] = table(grey, seeds, costs)
         rows = [["20 fluorescence images: " + row[0], *row[1:]] for row in grey_rows] + [
             ["all 23 images: " + row[0], *row[1:]] for row in rows
@@ -240,12 +268,9 @@ def write(
         print("  ".join(f"{cell:<22}" for cell in row))
     write_result(
         f"lau_{data}",
-        command=f"python -m benchmarks.lau_training --data {data}",
-        config={
-            "epochs": epochs,
-            "arms": {arm: {"config": config_of(arm, data), "options": ARMS[arm][1]} for arm in arms},
-        },
-        seeds=list(seeds),
+        command=f"python -m benchmarks.lau_training --data {data} --seeds {' '.join(map(str, seeds))}",
+        config=config,
+        seeds=seeds,
         packages=("mmsegmentation", "mmengine", "numpy"),
         columns=[
             "logits enlarged 8 times by",
@@ -278,6 +303,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", nargs="+", choices=sorted(FOLDERS), default=sorted(FOLDERS, reverse=True))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: those of the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--add", action="store_true", help="keep the seeds that the result file holds")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time, one thread each")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "lau")
     parser.add_argument("--train-only", action="store_true", help="write no table")
@@ -300,7 +326,7 @@ def main(argv: Sequence[str]) -> int:
         for first in range(0, len(waiting), args.jobs):
             run_side_by_side(waiting[first : first + args.jobs], show=_show, seconds=2)
         if not args.train_only:
-            write(data, runs, args.seeds, arms)
+            write(data, runs, arms, add=args.add)
     return 0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm_plugins.lau.location_loss import pixel_loss
 from mm_plugins.lau.loss import LocationAwareLoss, LocationTerms
-from mm_plugins.lau.sampled_loss import sampled_cross_entropy
+from mm_plugins.lau.sampled_loss import FUSED_BACKENDS, sampled_cross_entropy
 from mm_plugins.lau.upsample import LaUUpsample
 
 LossResolution = Literal["lau", "label"]
@@ -184,6 +184,7 @@ class LaUMixin(BaseDecodeHead):
             base_grid=self.lau.base_grid,
             border_gradient=self.lau.border_gradient,
             ignore_index=self.ignore_index,
+            backend=self.lau.backend,
         )
         terms = self._location_terms(logits, offset, own_loss, label)
         weighted = own_loss if terms is None else own_loss * terms.weight
@@ -250,6 +251,8 @@ def _check_fused(head: "LaUMixin") -> None:
         reasons.append("the head must have no further loss")
     if head.lau.num_groups != 1:
         reasons.append("num_groups must be 1")
+    if head.lau.backend not in FUSED_BACKENDS:
+        reasons.append(f"backend must be one of {', '.join(FUSED_BACKENDS)}")
     sampler = head.sampler.inner if isinstance(head.sampler, LocationSampler) else head.sampler
     if sampler is not None:
         reasons.append("the head must have no pixel sampler")

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from mm_plugins.lau.location_loss import two_sided
 from mm_plugins.lau.sampling import (
+    Backend,
     BaseGrid,
     BorderGradient,
     Taps,
@@ -19,19 +20,19 @@ from mm_plugins.lau.sampling import (
     coordinate_gradient,
     find_taps,
     limit_at_border,
+    load_kernels,
     mix_rows,
     rows_to_map,
     sampling_coordinates,
     weight_gradient,
 )
 
+FUSED_BACKENDS = ("auto", "rows", "triton")
 
-def _pieces(
-    taps: Taps, label_NP: Tensor, num_cells: int, num_classes: int
-) -> Iterator[tuple[int, slice, Taps]]:
+
+def _pieces(taps: Taps, label_NP: Tensor, num_cells: int, length: int) -> Iterator[tuple[int, slice, Taps]]:
     """Image, slice of its flattened pixels, and the taps of these, for all pixels."""
     num_images, num_pixels = label_NP.shape
-    length = chunk_length(num_classes, num_cells)
     for index in range(num_images):
         for start in range(0, num_pixels, length):
             part = slice(start, min(start + length, num_pixels))
@@ -39,7 +40,7 @@ def _pieces(
 
 
 class _SampledCrossEntropy(torch.autograd.Function):
-    """Keeps the low-resolution logits, the offsets and the labels; recomputes the rest in backward."""
+    """Keeps the inputs and one number a pixel, the log-sum-exp; recomputes the rest in backward."""
 
     @staticmethod
     def forward(
@@ -52,21 +53,27 @@ class _SampledCrossEntropy(torch.autograd.Function):
         border_gradient: BorderGradient,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x_NCYX, offset_N2HW, label_NHW)
         ctx.options = (scale, base_grid, border_gradient, ignore_index)
         num_images, num_classes, num_rows, num_columns = x_NCYX.shape
         coordinates = sampling_coordinates(offset_N2HW, num_rows, num_columns, scale, base_grid)
         taps = find_taps(*coordinates, num_rows, num_columns)
         table_NKC = cell_rows(x_NCYX, 1).view(num_images, -1, num_classes)
         label_NP = label_NHW.flatten(1)
-        loss_NP = table_NKC.new_zeros(label_NP.shape)
+        loss_NP, log_sum_NP = table_NKC.new_zeros(label_NP.shape), table_NKC.new_empty(label_NP.shape)
         right_NP = torch.zeros_like(label_NP, dtype=torch.bool)
-        for index, part, piece in _pieces(taps, label_NP, num_rows * num_columns, num_classes):
+        # About 1 MB of values: four passes over them follow, and no sum over cells has to be paid for.
+        length = max(2**18 // num_classes, 1024)
+        for index, part, piece in _pieces(taps, label_NP, num_rows * num_columns, length):
             rows_LC, label_L = mix_rows(table_NKC[index], piece), label_NP[index, part]
             valid_L = label_L != ignore_index
             score_L = rows_LC.gather(1, label_L.where(valid_L, 0)[:, None])[:, 0]
-            loss_NP[index, part] = (rows_LC.logsumexp(1) - score_L).where(valid_L, 0)
-            right_NP[index, part] = rows_LC.argmax(1) == label_L
+            # logsumexp by hand: the maximum also tells whether the label wins, and argmax is slow.
+            highest_L = rows_LC.amax(1)
+            log_sum_L = rows_LC.sub_(highest_L[:, None]).exp_().sum(1).log_().add_(highest_L)
+            log_sum_NP[index, part] = log_sum_L
+            loss_NP[index, part] = (log_sum_L - score_L).where(valid_L, 0)
+            right_NP[index, part] = valid_L & (score_L >= highest_L)
+        ctx.save_for_backward(x_NCYX, offset_N2HW, label_NHW, log_sum_NP)
         right_NHW = right_NP.view_as(label_NHW)
         ctx.mark_non_differentiable(right_NHW)
         return loss_NP.view(label_NHW.shape), right_NHW
@@ -74,7 +81,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NHW: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x_NCYX, offset_N2HW, label_NHW = ctx.saved_tensors
+        x_NCYX, offset_N2HW, label_NHW, log_sum_NP = ctx.saved_tensors
         scale, base_grid, border_gradient, ignore_index = ctx.options
         num_images, num_classes, num_rows, num_columns = x_NCYX.shape
         sy_N1HW, sx_N1HW = sampling_coordinates(offset_N2HW, num_rows, num_columns, scale, base_grid)
@@ -83,11 +90,14 @@ class _SampledCrossEntropy(torch.autograd.Function):
         total_NYXC = table_NKC.new_zeros(num_images, num_rows, num_columns, num_classes)
         label_NP, grad_NP = label_NHW.flatten(1), grad_NHW.flatten(1)
         weight_grads = []
-        for index, part, piece in _pieces(taps, label_NP, num_rows * num_columns, num_classes):
+        num_cells = num_rows * num_columns
+        length = chunk_length(num_classes, num_cells)
+        for index, part, piece in _pieces(taps, label_NP, num_cells, length):
             label_L = label_NP[index, part]
             valid_L = label_L != ignore_index
             # d loss / d row = softmax - one-hot, times the pixel's own factor; exactly 0 where ignored.
-            grad_LC = mix_rows(table_NKC[index], piece).softmax(1)
+            grad_LC = mix_rows(table_NKC[index], piece)
+            grad_LC.sub_(log_sum_NP[index, part, None]).exp_()
             grad_LC.scatter_add_(
                 1, label_L.where(valid_L, 0)[:, None], grad_LC.new_full((len(label_L), 1), -1)
             )
@@ -116,6 +126,7 @@ def sampled_cross_entropy(
     base_grid: BaseGrid = "asymmetric",
     border_gradient: BorderGradient = "inclusive",
     ignore_index: int = 255,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`pixel_loss(location_aware_upsample(x, offset), label)` without a tensor of the output's size.
 
@@ -127,14 +138,21 @@ def sampled_cross_entropy(
         base_grid: Where a zero offset samples.
         border_gradient: As in `location_aware_upsample`.
         ignore_index: Label of pixels that do not count.
+        backend: ``rows``, ``triton`` (CUDA kernels; a label that is no class gives NaN), or ``auto``: rows.
 
     Returns:
         Loss of every pixel (N, H, W), fp32 (fp64 for fp64 logits), 0 at ignored pixels, with gradients to the
-        logits and the offsets; and whether the best class is the label (bool, no gradient).
+        logits and the offsets; and whether no class beats the label (bool, no gradient).
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes or the backend do not fit.
+        ImportError: If ``triton`` is asked for and not installed.
     """
+    if backend not in FUSED_BACKENDS:
+        raise ValueError(
+            f"backend of the sampled loss must be one of {', '.join(FUSED_BACKENDS)}; got {backend!r}. "
+            "F.grid_sample holds the enlarged logits, which this loss is there to avoid."
+        )
     needed = (x_NCYX.shape[0], 2, x_NCYX.shape[2] * scale[0], x_NCYX.shape[3] * scale[1])
     if tuple(offset_N2HW.shape) != needed or tuple(label_NHW.shape) != (needed[0], *needed[2:]):
         raise ValueError(
@@ -142,6 +160,7 @@ def sampled_cross_entropy(
             f"{tuple(x_NCYX.shape)} at scale {scale}; got {tuple(offset_N2HW.shape)} and "
             f"{tuple(label_NHW.shape)}. Reduce the labels to the enlarged map first."
         )
-    return _SampledCrossEntropy.apply(
+    function = load_kernels(x_NCYX).CrossEntropyKernels if backend == "triton" else _SampledCrossEntropy
+    return function.apply(
         two_sided(x_NCYX), offset_N2HW, label_NHW, scale, base_grid, border_gradient, ignore_index
     )

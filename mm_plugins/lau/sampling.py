@@ -3,6 +3,7 @@
 # Shapes: N images, C channels, Y x X low-resolution cells, H x W output pixels, G groups of channels that
 # share an offset, O = 2*G offset channels (G vertical, then G horizontal), B = N*G maps, T = C/G channels of
 # one map, K = Y*X cells, P samples (all pixels of all maps, or a part of those of one map).
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,17 +13,17 @@ from torch.autograd.function import once_differentiable
 
 BaseGrid = Literal["asymmetric", "half_pixel", "align_corners"]
 BorderGradient = Literal["inclusive", "inward"]
-Backend = Literal["auto", "rows", "grid_sample"]
+Backend = Literal["auto", "rows", "grid_sample", "triton"]
 BASE_GRIDS = ("asymmetric", "half_pixel", "align_corners")
 BORDER_GRADIENTS = ("inclusive", "inward")
-BACKENDS = ("auto", "rows", "grid_sample")
+BACKENDS = ("auto", "rows", "grid_sample", "triton")
 
 
 class Taps(NamedTuple):
     """The four cells that each sample mixes, and how.
 
     Attributes:
-        cell_P: Index of the upper left cell into the flattened (B, Y, X) cells, int64.
+        cell_P: Index of the upper left cell into the flattened (B, Y, X) cells, int32.
         down_P: Share of the lower row, in [0, 1]; NaN where the coordinate is NaN.
         right_P: Share of the right column, in [0, 1]; NaN where the coordinate is NaN.
         row_step: Distance to the cell below in the flattened cells; 0 if there is one row.
@@ -123,8 +124,8 @@ def find_taps(sy_NGHW: Tensor, sx_NGHW: Tensor, num_rows: int, num_columns: int)
     y0, down = _split(sy_NGHW, num_rows)
     x0, right = _split(sx_NGHW, num_columns)
     num_maps = sy_NGHW.shape[0] * sy_NGHW.shape[1]
-    map_index = torch.arange(num_maps, device=y0.device).view(*sy_NGHW.shape[:2], 1, 1)
-    cell = map_index * (num_rows * num_columns) + (y0.long() * num_columns + x0.long())
+    map_index = torch.arange(num_maps, device=y0.device, dtype=torch.int32).view(*sy_NGHW.shape[:2], 1, 1)
+    cell = map_index * (num_rows * num_columns) + (y0.int() * num_columns + x0.int())
     row_step, column_step = (num_columns if num_rows > 1 else 0), (1 if num_columns > 1 else 0)
     return Taps(cell.flatten(), down.flatten(), right.flatten(), row_step, column_step)
 
@@ -154,10 +155,13 @@ def mix_rows(table: Tensor, taps: Taps) -> Tensor:
 
 def weight_gradient(table: Tensor, taps: Taps, grad_PT: Tensor) -> Tensor:
     """Gradient of `mix_rows` to the four weights of each sample: (P, 4)."""
-    with torch.enable_grad():
-        weights = taps.weights().to(table.dtype).detach().requires_grad_()
-        mixed = F.embedding_bag(taps.cells(), table.detach(), per_sample_weights=weights, mode="sum")
-        return torch.autograd.grad(mixed, weights, grad_PT)[0]
+    cells_P4 = taps.cells()
+    bag_P = torch.arange(len(cells_P4), device=cells_P4.device, dtype=cells_P4.dtype)
+    # What autograd calls, alone: autograd would mix all rows again first, and take twice as long.
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_PT, table.detach(), cells_P4.flatten(), 4 * bag_P, bag_P.repeat_interleave(4), 0
+    )
+    return found.view(-1, 4)
 
 
 def coordinate_gradient(weight_grad_P4: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
@@ -193,13 +197,12 @@ def add_scattered(total_YXT: Tensor, grad_PT: Tensor, taps: Taps) -> None:
         taps: Cells and weights of the same samples, all of this map.
     """
     num_rows, num_columns, _ = total_YXT.shape
-    order_P = torch.argsort(taps.cell_P.int(), stable=True)
-    cells = torch.arange(num_rows * num_columns, device=order_P.device)
+    cell_P, order_P = torch.sort(taps.cell_P, stable=True)
+    cells = torch.arange(num_rows * num_columns, device=order_P.device, dtype=cell_P.dtype)
     # searchsorted, not bincount: bincount adds atomically on a GPU.
-    start = torch.searchsorted(taps.cell_P[order_P], cells)
-    weights_P4 = taps.weights().to(grad_PT.dtype)[order_P]
-    for corner, (down, right) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
-        weight_P = weights_P4[:, corner].contiguous()
+    start = torch.searchsorted(cell_P, cells)
+    weights_4P = taps.weights().to(grad_PT.dtype).index_select(0, order_P).t().contiguous()
+    for weight_P, (down, right) in zip(weights_4P, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
         part = F.embedding_bag(order_P, grad_PT, start, per_sample_weights=weight_P, mode="sum")
         part = part.view_as(total_YXT)
         # With one row or column the second cell has weight 0, and these slices are empty.
@@ -327,6 +330,30 @@ def _check(x_NCYX: Tensor, offset_NOHW: Tensor, scale: tuple[int, int]) -> None:
         )
 
 
+def load_kernels(x: Tensor) -> ModuleType:
+    """The module of Triton kernels, if it can work on `x`.
+
+    Raises:
+        ImportError: If triton is not installed.
+        ValueError: If `x` lies where no kernel runs.
+    """
+    try:
+        from mm_plugins.lau import kernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError(
+            "backend='triton' needs the package triton, which PyTorch's CUDA builds bring along. Install it "
+            "(pip install triton), or use backend='auto'."
+        ) from error
+    if not (x.is_cuda or kernels.INTERPRETED):
+        raise ValueError(
+            f"backend='triton' needs tensors on a CUDA device; got {x.device}. Use backend='auto', or set "
+            "TRITON_INTERPRET=1 before Python starts to try the kernels slowly on a CPU."
+        )
+    return kernels
+
+
 def location_aware_upsample(
     x_NCYX: Tensor,
     offset_NOHW: Tensor,
@@ -353,15 +380,16 @@ def location_aware_upsample(
         base_grid: Where a zero offset samples; ``asymmetric`` (p/k) is the paper's.
         border_gradient: ``inclusive``: gradient on the closed map, 0 outside (the authors' rule).
             ``inward``: outside also where descent leads back.
-        backend: ``rows`` (deterministic), ``grid_sample`` (for export), or ``auto``: rows, and grid_sample
-            while a graph is exported.
+        backend: ``rows`` (deterministic), ``grid_sample`` (for export), ``triton`` (CUDA kernels,
+            deterministic), or ``auto``: rows, and grid_sample while a graph is exported.
 
     Returns:
-        Map (N, C, H, W) in the dtype of `x`, with channels_last strides when G = 1 (no copy is made). Never
-        outside the range of `x`; NaN where the offset is NaN.
+        Map (N, C, H, W) in the dtype of `x`; from ``rows`` with channels_last strides when G = 1 (no copy is
+        made). Never outside the range of `x`; NaN where the offset is NaN.
 
     Raises:
-        ValueError: If shapes, dtypes or options do not fit.
+        ValueError: If shapes, dtypes or options do not fit, or ``triton`` is asked for on another device.
+        ImportError: If ``triton`` is asked for and not installed.
 
     Source: LaU, arXiv 1911.05250, Section 3.1; coordinate rule of the authors' CUDA op, slopes at whole
     coordinates corrected.
@@ -377,11 +405,18 @@ def location_aware_upsample(
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
     if size is not None:
         offset_NOHW = crop_offset(offset_NOHW, size)
+    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
     if backend == "auto":
-        exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
         backend = "grid_sample" if exporting else "rows"
     if backend == "grid_sample":
         return grid_sample_upsample(x_NCYX, offset_NOHW, scale_factor=scale, base_grid=base_grid)
+    if backend == "triton":
+        if exporting:
+            raise ValueError(
+                "backend='triton' cannot be exported. Set backend='auto', which exports F.grid_sample."
+            )
+        kernels = load_kernels(x_NCYX)
+        return kernels.SampleKernels.apply(x_NCYX, offset_NOHW, scale, base_grid, border_gradient)
     return _SampleRows.apply(x_NCYX, offset_NOHW, scale, base_grid, border_gradient)
 
 

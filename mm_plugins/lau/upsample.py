@@ -45,7 +45,7 @@ class LaUUpsample(nn.Module):
         max_offset: Bound of the offsets in cells, or None.
         branch: ``lau``, ``dysample`` (offsets of that method), ``zero`` (control without offsets).
         border_gradient: ``inclusive``, or ``inward`` to let offsets come back that left the map.
-        backend: ``auto``, ``rows`` or ``grid_sample``.
+        backend: ``auto``, ``rows``, ``grid_sample``, or ``triton`` (CUDA kernels; never run on a GPU yet).
 
     Raises:
         ValueError: If the channels are missing or given twice, or an option is unknown.

@@ -189,6 +189,8 @@ def test_fused_loss_refuses_what_it_cannot_stand_for() -> None:
         tiny.head("EncHead", {"fused": True})
     with pytest.raises(ValueError, match="num_groups must be 1"):
         tiny.head("FCNHead", {"fused": True, "num_groups": 3})
+    with pytest.raises(ValueError, match="backend must be one of auto, rows, triton"):
+        tiny.head("FCNHead", {"fused": True, "backend": "grid_sample"})
     ohem = {"type": "OHEMPixelSampler", "thresh": 0.7, "min_kept": 10}
     with pytest.raises(ValueError, match="no pixel sampler"):
         tiny.head("FCNHead", {"fused": True, **REG}, sampler=ohem)

@@ -36,6 +36,7 @@ def test_equals_the_two_steps(classes: int, k: int, dtype: torch.dtype, atol: fl
         torch.testing.assert_close(a, b, atol=atol * 10, rtol=1e-4)
     best = enlarged.argmax(1) if classes > 1 else (enlarged[:, 0] > 0).long()
     assert torch.equal(right, best == label)
+    assert not right[label == 255].any()
 
 
 def test_ignored_pixels_give_no_gradient_and_nothing_labelled_gives_zero() -> None:
@@ -48,15 +49,28 @@ def test_ignored_pixels_give_no_gradient_and_nothing_labelled_gives_zero() -> No
     assert (torch.autograd.grad(loss.sum(), x)[0] == 0).all()
 
 
+def test_large_logits_do_not_overflow() -> None:
+    """Logits of 1e4: the sum of exponentials is shifted by the largest, and the loss is exact to fp32."""
+    x, offset, label = problem(5, 2, torch.float32)
+    found, _ = sampled_cross_entropy(1e4 * x, offset, label, scale=(2, 2))
+    wanted = pixel_loss(location_aware_upsample(1e4 * x, offset, scale_factor=2), label)
+    torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-5)
+    assert found.max() > 1e4
+
+
 def test_keeps_nothing_of_the_outputs_size() -> None:
     x, offset, label = problem(40, 4, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         sampled_cross_entropy(x, offset, label, scale=(4, 4))
-    assert sum(kept) == x.numel() + offset.numel() + label.numel()
+    assert sum(kept) == x.numel() + offset.numel() + 2 * label.numel()
 
 
-def test_bad_shapes() -> None:
+def test_bad_shapes_and_backend() -> None:
     x, offset, label = problem(4, 2, torch.float32)
     with pytest.raises(ValueError, match="the sampled loss needs offsets"):
         sampled_cross_entropy(x, offset, label[:, :-1], scale=(2, 2))
+    with pytest.raises(
+        ValueError, match="must be one of auto, rows, triton; got 'grid_sample'. F.grid_sample"
+    ):
+        sampled_cross_entropy(x, offset, label, scale=(2, 2), backend="grid_sample")

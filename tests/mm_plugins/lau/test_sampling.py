@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_plugins.lau import location_aware_upsample
-from mm_plugins.lau.sampling import BASE_GRIDS, base_coordinates, scale_pair
+from mm_plugins.lau.sampling import (
+    BASE_GRIDS,
+    base_coordinates,
+    cell_rows,
+    find_taps,
+    sampling_coordinates,
+    scale_pair,
+    weight_gradient,
+)
 from tests.mm_plugins.lau import reference
 
 F64 = torch.float64
@@ -142,6 +150,17 @@ def test_large_maps_in_pieces_equal_grid_sample() -> None:
     assert 300 * 96 * 144 > 2**20, "one image must be more than one piece"
     torch.testing.assert_close(grads[0][0], grads[1][0], atol=2e-3, rtol=1e-4)
     torch.testing.assert_close(grads[0][1], grads[1][1], atol=2e-3, rtol=1e-3)
+
+
+def test_weight_gradient_is_that_of_autograd() -> None:
+    """The operator called directly gives what autograd gives through it."""
+    x, offset = draw((2, 5, 3, 4), (3, 3))
+    taps = find_taps(*sampling_coordinates(offset, 3, 4, (3, 3), "asymmetric"), 3, 4)
+    table, weights = cell_rows(x, 1), taps.weights().requires_grad_()
+    mixed = F.embedding_bag(taps.cells(), table, per_sample_weights=weights, mode="sum")
+    grad = torch.randn(mixed.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    (wanted,) = torch.autograd.grad(mixed, weights, grad)
+    torch.testing.assert_close(weight_gradient(table, taps, grad), wanted, atol=1e-13, rtol=0)
 
 
 def test_values_stay_between_the_cells_and_constants_stay() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file, written beside and renamed, so that a kill leaves the old one or the new."""
+"""Checkpoints of a run: one file, written beside and renamed; a kill leaves the old one or the new one."""
 
 import json
 import os

@@ -175,7 +175,9 @@ def _full_gradient(trainer: Trainer, weights: TrainableVector) -> Tensor:
     model.zero_grad(set_to_none=True)
     loader = trainer.get_train_dataloader()
     for inputs in loader:
-        (trainer.compute_loss(model, trainer._prepare_inputs(inputs)) / len(loader)).backward()
+        loss = trainer.compute_loss(model, trainer._prepare_inputs(inputs))
+        assert isinstance(loss, Tensor), "without return_outputs a trainer returns the loss alone"
+        (loss / len(loader)).backward()
     return weights.read_gradient()
 
 

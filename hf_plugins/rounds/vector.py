@@ -110,4 +110,4 @@ class TrainableVector:
 
 def digest(vector_D: Tensor) -> int:
     """Checksum of a vector's bytes (CRC-32), by which a server knows from which model an update started."""
-    return zlib.crc32(vector_D.detach().float().contiguous().cpu().numpy())
+    return zlib.crc32(vector_D.detach().float().contiguous().cpu().numpy().tobytes())

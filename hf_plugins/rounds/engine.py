@@ -72,6 +72,7 @@ class RoundEngine:
         save_every: Rounds between checkpoints. More than one is safe only where a repeated round is the same
             round, which seeded randomness gives.
         on_round: Called with the round's row of metrics after it is saved.
+        hidden: Beginnings of metric names that are kept out of history, log and trackers.
         progress: Show a bar (only where there is a terminal).
     """
 
@@ -91,6 +92,7 @@ class RoundEngine:
         settings: Mapping[str, Any] | None = None,
         save_every: int = 1,
         on_round: Sequence[Callable[[dict[str, Any]], None]] = (),
+        hidden: Sequence[str] = (),
         progress: bool = True,
     ) -> None:
         if min(evaluate_every, save_every) < 1:
@@ -111,6 +113,7 @@ class RoundEngine:
         self.settings = {"seed": seed, **(settings or {})}
         self.save_every = save_every
         self.on_round = list(on_round)
+        self.hidden = tuple(hidden)
         self.progress = progress
         self.round_index = 0
         self.history: list[dict[str, Any]] = []
@@ -210,6 +213,7 @@ class RoundEngine:
         row |= {f"rounds/dropped/{reason}": float(reasons.count(reason)) for reason in sorted(set(reasons))}
         if self.evaluate is not None and (last or (self.round_index + 1) % self.evaluate_every == 0):
             row |= self.evaluate(outcome.vector_D)
+        row = {name: value for name, value in row.items() if not name.startswith(self.hidden)}
         self.vector_D = outcome.vector_D
         self.round_index += 1
         self.history.append(row)

@@ -1,4 +1,4 @@
-"""The server's side of a round: running sum, fixed denominator, and the clipping norm that follows the norms."""
+"""The server's side of a round: running sum, fixed denominator, a clipping norm that follows the norms."""
 
 # Shapes: D numbers of an update.
 
@@ -87,7 +87,8 @@ def update_noise_multiplier(noise_multiplier: float, count_noise_std: float) -> 
     rest = noise_multiplier**-2 - (2 * count_noise_std) ** -2 if noise_multiplier else math.inf
     if not rest > 0:
         raise ValueError(
-            f"count_noise_std must be > noise_multiplier / 2 = {noise_multiplier / 2}; got {count_noise_std}. "
+            f"count_noise_std must be > noise_multiplier / 2 = {noise_multiplier / 2}; got "
+            f"{count_noise_std}. "
             "A twentieth of the expected users is usual."
         )
     return rest**-0.5

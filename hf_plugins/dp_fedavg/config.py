@@ -20,7 +20,8 @@ class DPFedAvgConfig:
     noise_multiplier: float | None = field(
         default=None,
         metadata={
-            "help": "Noise on the sum of updates over clipping_norm. None: give target_epsilon. 0 is no privacy, "
+            "help": "Noise on the sum of updates over clipping_norm. None: give target_epsilon. 0 "
+            "is no privacy, "
             "and the reported epsilon is infinite."
         },
     )
@@ -34,7 +35,8 @@ class DPFedAvgConfig:
     sampling: Literal["poisson", "fixed"] = field(
         default="poisson",
         metadata={
-            "help": "Cohort of a round. poisson: each user independently with sample_rate; neighbours differ by one "
+            "help": "Cohort of a round. poisson: each user independently with sample_rate; "
+            "neighbours differ by one "
             "user more or less. fixed: exactly cohort_size users; neighbours replace one user, which the "
             "accountant charges as twice the sensitivity."
         },
@@ -77,21 +79,24 @@ class DPFedAvgConfig:
     noise_mode: Literal["central", "shares"] = field(
         default="central",
         metadata={
-            "help": "central: the server adds the noise once. shares: each user adds its share, for use under "
+            "help": "central: the server adds the noise once. shares: each user adds its share, for "
+            "use under "
             "secure aggregation; a single noisy update is then no protection by itself."
         },
     )
     missing_shares: Literal["top_up", "stop"] = field(
         default="top_up",
         metadata={
-            "help": "When fewer shares come than planned: the server adds what lacks, or the run stops (fixed "
+            "help": "When fewer shares come than planned: the server adds what lacks, or the run "
+            "stops (fixed "
             "sampling only)."
         },
     )
     quantile: float | None = field(
         default=None,
         metadata={
-            "help": "Let clipping_norm follow this quantile of the update norms, privately. None: it is fixed."
+            "help": "Let clipping_norm follow this quantile of the update norms, privately. None: "
+            "it is fixed."
         },
     )
     quantile_lr: float = field(
@@ -108,14 +113,16 @@ class DPFedAvgConfig:
     seed: int | None = field(
         default=None,
         metadata={
-            "help": "Seed of cohorts, batches and noise; whoever knows it can take the noise off. None: 62 bits from "
+            "help": "Seed of cohorts, batches and noise; whoever knows it can take the noise off. "
+            "None: 62 bits from "
             "the operating system, kept in secret.json of output_dir only."
         },
     )
     log_private_statistics: bool = field(
         default=False,
         metadata={
-            "help": "Log cohort sizes, training loss, update norms and clip shares. They are functions of the users' "
+            "help": "Log cohort sizes, training loss, update norms and clip shares. They are "
+            "functions of the users' "
             "data without noise, so no epsilon covers them."
         },
     )
@@ -142,7 +149,8 @@ class DPFedAvgConfig:
             wrong.append(f"clipping_norm must be > 0; got {self.clipping_norm}. It bounds one user's update.")
         if not 0 < self.sample_rate <= 1:
             wrong.append(
-                f"sample_rate must lie in (0, 1]; got {self.sample_rate}. It is a share: 0.1 for 10 % of users."
+                f"sample_rate must lie in (0, 1]; got {self.sample_rate}. It is a share: 0.1 for 10 "
+                "% of users."
             )
         if self.sampling == "fixed" and self.cohort_size < 1:
             wrong.append(
@@ -154,7 +162,8 @@ class DPFedAvgConfig:
             )
         if self.missing_shares == "stop" and (self.noise_mode, self.sampling) != ("shares", "fixed"):
             wrong.append(
-                "missing_shares='stop' needs noise_mode='shares' and sampling='fixed': a Poisson cohort is smaller "
+                "missing_shares='stop' needs noise_mode='shares' and sampling='fixed': a Poisson "
+                "cohort is smaller "
                 "than expected every other round."
             )
         if math.isinf(self.clipping_norm) and (self.target_epsilon or self.noise_multiplier):
@@ -217,7 +226,8 @@ class RunConfig:
 
     task: Literal["images", "characters", "text"] = field(
         metadata={
-            "help": "images: IDX files of the MNIST family. characters: LEAF JSON, one user a speaker, next-character "
+            "help": "images: IDX files of the MNIST family. characters: LEAF JSON, one user a "
+            "speaker, next-character "
             "prediction. text: JSON lines with text and label, a pretrained encoder with LoRA."
         }
     )

@@ -125,10 +125,12 @@ def _characters(run: RunConfig) -> Users:
             f"{path} needs the keys users and user_data (LEAF's layout); it has {sorted(content)}."
         )
     length = run.max_length
-    train, test, owners = [], [], []
+    train: list[list[int]] = []
+    test: list[list[int]] = []
+    owners = []
     for name in content["users"]:
         codes = encode_characters("\n".join(content["user_data"][name]))
-        # A window holds the inputs and, one further, the targets; the last tenth of a user's text is the test.
+        # A window holds the inputs and, one further, the targets; the last tenth is the test.
         windows = [codes[i : i + length + 1] for i in range(0, len(codes) - length, length)]
         cut = max(1, len(windows) - max(1, len(windows) // 10)) if len(windows) > 1 else len(windows)
         owners.append(np.arange(len(train), len(train) + cut))

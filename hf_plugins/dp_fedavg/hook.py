@@ -1,4 +1,4 @@
-"""The user's side of a round, as hooks of the round engine: BLUR in each step, LUS and clipping at the end."""
+"""The user's side of a round as hooks of the engine: BLUR in each step, LUS and clipping at the end."""
 
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ def client_options(
 
 
 def gradient_term(delta: list[Tensor], config: Config, lead: int) -> list[Tensor] | None:
-    """BLUR's and FedProx's additions to the gradient of a local step; see `hf_plugins.rounds.GradientTerm`."""
+    """BLUR's and FedProx's additions to a local gradient; see `hf_plugins.rounds.GradientTerm`."""
     added: list[Tensor] | None = None
     if strength := float(config.get(PREFIX + "blur", 0.0)):
         added = blur_gradient(

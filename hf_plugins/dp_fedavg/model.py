@@ -15,7 +15,8 @@ def check_private_model(model: nn.Module) -> None:
             "BatchNorm" in type(module).__name__ or module.track_running_stats
         ):
             raise ValueError(
-                f"{name or 'the model'} is a {type(module).__name__}: its running statistics are a user's data "
+                f"{name or 'the model'} is a {type(module).__name__}: its running statistics are a "
+                "user's data "
                 "that is neither clipped nor noised. Replace it by GroupNorm or LayerNorm."
             )
 

@@ -1,4 +1,4 @@
-"""Text tasks: a pretrained encoder with LoRA, users as ``Trainer`` clients, so that d is that of the adapters."""
+"""Text tasks: a pretrained encoder with LoRA, users as ``Trainer`` clients; d is that of the adapters."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""LUS: local update sparsification, which drops the coordinates of an update that the local loss needs least."""
+"""LUS, local update sparsification: drops the coordinates of an update that the local loss needs least."""
 
 # Shapes: D numbers of an update.
 

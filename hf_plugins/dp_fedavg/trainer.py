@@ -53,7 +53,7 @@ PRIVATE_METRICS = ("clients/", "rounds/cohort", "rounds/dropped", "rounds/second
 
 
 class PrivateMean:
-    """Aggregator: sum of updates of norm at most S, plus noise, over a fixed denominator; every round is paid.
+    """Aggregator: sum of updates of norm at most S, plus noise, over a fixed denominator; each round is paid.
 
     Args:
         config: Options of the method.
@@ -159,7 +159,8 @@ class PrivateMean:
         """
         if self.ledger.num_steps >= self.num_rounds and self.noise_multiplier > 0:
             raise RuntimeError(
-                f"the noise was chosen for {self.num_rounds} rounds and all of them are spent; plan a new run "
+                f"the noise was chosen for {self.num_rounds} rounds and all of them are spent; plan "
+                "a new run "
                 "with more rounds, which needs more noise in each."
             )
         config = self.config
@@ -182,7 +183,8 @@ class PrivateMean:
             std = missing_std(multiplier, bound, self.expected_users, total.count)
             if std and self.config.missing_shares == "stop":
                 raise RuntimeError(
-                    f"round {context.round_index}: {total.count} of {self.expected_users:g} noise shares came, so "
+                    f"round {context.round_index}: {total.count} of {self.expected_users:g} noise "
+                    "shares came, so "
                     "the sum is under-noised and is not looked at. Run again, or set missing_shares='top_up'."
                 )
         return gaussian(total.sum_D.numel(), std, generator=self._generator(context, "noise"))

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hf_plugins.dp_fedavg.config import DPFedAvgConfig, RunConfig, parse_recipe
-from hf_plugins.dp_fedavg.trainer import PrivateMean, finish_run, recipe_engine
+from hf_plugins.dp_fedavg.trainer import PrivateMean, build_task, finish_run, recipe_engine
 from hf_plugins.rounds.trackers import Reporter
 
 
@@ -47,11 +47,12 @@ def read_recipe(path: Path, **override: Any) -> tuple[RunConfig, DPFedAvgConfig,
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     run, dp, local = read_recipe(args.recipe, output_dir=args.output_dir)
     reporter = Reporter(run.report_to, run.output_dir) if run.report_to else None
-    engine = recipe_engine(run, dp, local, on_round=[reporter] if reporter else [])
+    task = build_task(run, local)
+    engine = recipe_engine(task, run, dp, on_round=[reporter] if reporter else [])
     engine.run(run.num_rounds)
     if reporter:
         reporter.close()
-    return finish_run(engine, run)
+    return finish_run(engine, task.model, run)
 
 
 def _cost(args: argparse.Namespace) -> dict[str, Any]:

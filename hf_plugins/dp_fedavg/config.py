@@ -326,3 +326,28 @@ def _check_keys(options: type, given: Mapping[str, Any], where: str) -> None:
     ]
     if lacking:
         raise ValueError(f"{where} lacks {', '.join(lacking)}; every recipe must say so.")
+
+
+def flower_recipe(
+    run_config: Mapping[str, Any], node_config: Mapping[str, Any] | None = None
+) -> tuple[RunConfig, DPFedAvgConfig, dict[str, Any]]:
+    """A recipe from the config of a Flower run: dotted keys, dashes for underscores, a node's own ``data``.
+
+    Args:
+        run_config: ``context.run_config``: the recipe's keys, sections as ``dp.blur``, lists as text with
+            commas. Keys ``rounds.*`` are the strategy's and left out.
+        node_config: ``context.node_config``; its ``data`` and ``model`` go before the run's.
+
+    Returns:
+        As `parse_recipe`.
+    """
+    content: dict[str, Any] = {"dp": {}, "local": {}}
+    for key, value in run_config.items():
+        section, _, name = key.replace("-", "_").rpartition(".")
+        if section == "rounds":
+            continue
+        (content.setdefault(section, {}) if section else content)[name] = value
+    content |= {name: (node_config or {})[name] for name in ("data", "model") if name in (node_config or {})}
+    if isinstance(content.get("report_to"), str):
+        content["report_to"] = [name for name in content["report_to"].split(",") if name]
+    return parse_recipe(content)

@@ -371,9 +371,8 @@ def private_engine(
     )
 
 
-def recipe_engine(run: RunConfig, dp: DPFedAvgConfig, local: dict[str, Any], **engine: Any) -> RoundEngine:
+def recipe_engine(task: Task, run: RunConfig, dp: DPFedAvgConfig, **engine: Any) -> RoundEngine:
     """The engine that a recipe describes; ``engine.run(run.num_rounds)`` trains or goes on."""
-    task = build_task(run, local)
     return private_engine(
         task.model,
         task.clients,
@@ -386,7 +385,7 @@ def recipe_engine(run: RunConfig, dp: DPFedAvgConfig, local: dict[str, Any], **e
     )
 
 
-def finish_run(engine: RoundEngine, run: RunConfig) -> dict[str, Any]:
+def finish_run(engine: RoundEngine, model: nn.Module, run: RunConfig) -> dict[str, Any]:
     """Write the final model and the report of a finished run.
 
     Returns:
@@ -397,9 +396,7 @@ def finish_run(engine: RoundEngine, run: RunConfig) -> dict[str, Any]:
     assert isinstance(private, PrivateMean), "the engine comes from private_engine"
     figures = {name: value for name, value in engine.history[-1].items() if "/" in name}
     report = {**private.report(), **figures, "output_dir": run.output_dir}
-    weights = getattr(engine.transport, "weights", None)
-    if weights is not None:
-        save_vector(folder / "model.safetensors", weights.named(engine.vector_D))
+    save_vector(folder / "model.safetensors", TrainableVector(model).named(engine.vector_D))
     write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
 

@@ -140,16 +140,38 @@ class RoundEngine:
             The outcome; two calls with the same arguments give the same one.
         """
         began = time.perf_counter()
+        context, jobs = self.begin(start_D, round_index, configure=configure, cohort=cohort)
+        answers = self.transport.train(jobs, context)
+        outcome = self.complete(context, answers, aggregate=aggregate)
+        outcome.metrics["rounds/seconds"] = time.perf_counter() - began
+        return outcome
+
+    def begin(
+        self,
+        start_D: Tensor,
+        round_index: int,
+        *,
+        configure: Configure | None = None,
+        cohort: Sequence[int] | None = None,
+    ) -> tuple[RoundContext, list[Job]]:
+        """First half of `step`: who takes part and what each shall do."""
         context = self._context(start_D, round_index, cohort)
         configure = configure or self.configure
-        jobs = [self._job(context, client_id, configure) for client_id in context.cohort]
-        answers = self.transport.train(jobs, context)
+        return context, [self._job(context, client_id, configure) for client_id in context.cohort]
+
+    def complete(
+        self,
+        context: RoundContext,
+        answers: Iterable[Update | Dropped],
+        *,
+        aggregate: Aggregator | None = None,
+    ) -> Outcome:
+        """Second half of `step`: what becomes of the answers, which come in the order of the jobs."""
         done = (aggregate or self.aggregate)(checked(answers, context), context)
         metrics = {
             **done.metrics,
             "rounds/cohort": float(len(context.cohort)),
             "rounds/dropped": float(len(context.dropped)),
-            "rounds/seconds": time.perf_counter() - began,
             **_mean_metrics(context.updates),
         }
         return Outcome(vector_D=self._moved(context, done), context=context, metrics=metrics)

@@ -33,6 +33,7 @@ from hf_plugins.rounds import (
     Aggregate,
     Client,
     Config,
+    GroupedInProcess,
     InProcess,
     LazyClients,
     LocalTraining,
@@ -321,6 +322,7 @@ def private_engine(
     evaluate: Callable[[Tensor], dict[str, float]] | None = None,
     folder: Path | str | None = None,
     transport: Transport | None = None,
+    group_size: int = 1,
     **engine: Any,
 ) -> RoundEngine:
     """A round engine with user-level DP: ``private_engine(...).run(num_rounds)``.
@@ -332,6 +334,7 @@ def private_engine(
         num_rounds: Rounds that the budget is planned for.
         evaluate: Figures of a global model, or None.
         folder: Checkpoints and metrics; needed where ``dp.seed`` is None and the run shall resume.
+        group_size: Clients trained side by side in this process; see `hf_plugins.rounds.GroupedInProcess`.
         transport: Instead of one process: the way to clients elsewhere.
         **engine: More arguments of `hf_plugins.rounds.RoundEngine`.
 
@@ -355,8 +358,16 @@ def private_engine(
         figures = evaluate(vector_D) if evaluate else {}
         return {**figures, "dp_fedavg/epsilon": finite(private.epsilon())}
 
+    if transport is None:
+        finish = FinishUpdate(weights.sizes)
+        grouped = group_size > 1
+        transport = (
+            GroupedInProcess(model, clients, group_size=group_size, finish=finish)
+            if grouped
+            else InProcess(model, clients, finish=finish)
+        )
     return RoundEngine(
-        transport or InProcess(model, clients, finish=FinishUpdate(weights.sizes)),
+        transport,
         weights.read(),
         aggregate=private,
         sampling=private.sampling(),
@@ -381,6 +392,7 @@ def recipe_engine(task: Task, run: RunConfig, dp: DPFedAvgConfig, **engine: Any)
         evaluate=task.evaluate,
         evaluate_every=run.evaluate_every,
         folder=run.output_dir,
+        group_size=run.group_size,
         **engine,
     )
 

@@ -1,8 +1,8 @@
 """Accuracy of five methods at one true epsilon: DP-FedAvg, FedProx, + BLUR, + LUS, + both; and without noise.
 
-``python -m benchmarks.dp_fedavg_quality --task mnist`` runs what is not yet done (an interrupted benchmark goes
-on), ``--report`` writes the table and the plot of what is finished. Each method's own setting (S, lambda, keep,
-mu) is the best of a small grid on a seed that is not reported; the same grid of S for all.
+``python -m benchmarks.dp_fedavg_quality --task mnist`` runs what is not yet done (an interrupted benchmark
+goes on) and writes table and plot. Each method's own setting (S, lambda, keep, mu) is the best of a small
+grid on a seed that is not reported; the grid of S is the same for all.
 """
 
 import argparse

@@ -84,27 +84,26 @@ def train_group(
         Updates in the order of the jobs.
     """
     options = _options(clients, jobs)
-    plans = [batches(len(c.records[0]), o, job.seed) for c, o, job in zip(clients, options, jobs, strict=True)]
-    index_GSB, weight_GSB, length_G = _padded(plans, [len(c.records[0]) for c in clients])
+    sizes = [len(client.records[0]) for client in clients]
+    plans = [batches(n, o, job.seed) for n, o, job in zip(sizes, options, jobs, strict=True)]
+    index_GSB, weight_GSB, length_G = _padded(plans, sizes)
     records = [torch.cat(parts) for parts in zip(*(c.records for c in clients), strict=True)]
-    column = {"dtype": torch.float32}
     rate_G1 = torch.tensor(
         [o.learning_rate * o.learning_rate_decay**j.round_index for o, j in zip(options, jobs, strict=True)],
-        **column,
     )[:, None]
-    momentum_G1 = torch.tensor([o.momentum for o in options], **column)[:, None]
-    decay_G1 = torch.tensor([o.weight_decay for o in options], **column)[:, None]
+    momentum_G1 = torch.tensor([o.momentum for o in options])[:, None]
+    decay_G1 = torch.tensor([o.weight_decay for o in options])[:, None]
     model.train()
     slope = vmap(grad_and_value(_loss_of(model, layout, clients[0].loss)), randomness="error")
     w_GD = start_D.expand(len(jobs), -1).clone()
     velocity_GD, last_GD = torch.zeros_like(w_GD), torch.zeros_like(w_GD)
     loss_G = torch.zeros(len(jobs))
     for s in range(index_GSB.shape[1]):
-        active_G1 = (s < length_G)[:, None]
+        active_G1 = torch.gt(length_G, s)[:, None]
         batch = tuple(tensor[index_GSB[:, s]] for tensor in records)
         g_GD, value_G = slope(w_GD, batch, weight_GSB[:, s])
         loss_G += torch.where(active_G1[:, 0], value_G, 0.0)
-        last_GD = torch.where((s == length_G - 1)[:, None], g_GD, last_GD)
+        last_GD = torch.where(torch.eq(length_G, s + 1)[:, None], g_GD, last_GD)
         g_GD = _with_terms(g_GD, w_GD - start_D, clients[0].terms, jobs[0]) + decay_G1 * w_GD
         velocity_GD = torch.where(active_G1, momentum_G1 * velocity_GD + g_GD, velocity_GD)
         w_GD = torch.where(active_G1, w_GD - rate_G1 * velocity_GD, w_GD)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hf_plugins.accounting import Ledger, Release, noise_multiplier_for
+from hf_plugins.accounting import AccountantName, Ledger, Release, noise_multiplier_for
 from hf_plugins.dp_fedavg.aggregation import (
     RunningSum,
     next_clipping_norm,
@@ -83,6 +83,8 @@ class PrivateMean:
             if config.noise_multiplier is not None
             else noise_multiplier_for(target_epsilon=config.target_epsilon or 0.0, **self._mode(num_rounds))
         )
+        # PLD needs minutes and gigabytes for so little noise; RDP is an upper bound as well, and loose.
+        self.accountant: AccountantName = "rdp" if 0 < self.noise_multiplier < 0.3 else "auto"
         self.clipping_norm = config.clipping_norm
         self.count_noise_std = config.count_noise_std or self.expected_users / 20
         self.update_multiplier = (
@@ -217,7 +219,7 @@ class PrivateMean:
 
     def epsilon(self) -> float:
         """Epsilon of all rounds so far; infinite without noise."""
-        return self.ledger.epsilon(delta=self.delta)
+        return self.ledger.epsilon(delta=self.delta, accountant=self.accountant)
 
     def state_dict(self) -> dict[str, Any]:
         """Ledger and clipping norm, for a checkpoint."""
@@ -233,6 +235,7 @@ class PrivateMean:
         return {
             "epsilon": finite(self.epsilon()),
             "delta": self.delta,
+            "accountant": "rdp" if self.accountant == "rdp" or self.config.sampling == "fixed" else "pld",
             "unit": "user",
             "sampling": self.config.sampling,
             "neighbours": "add or remove one user"

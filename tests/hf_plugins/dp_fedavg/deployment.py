@@ -1,4 +1,4 @@
-"""A real SuperLink with SuperNodes on loopback, for tests: started, used by ``flwr run``, and ended by pid."""
+"""A real SuperLink with SuperNodes on loopback for tests: started, used by ``flwr run``, ended by pid."""
 
 import contextlib
 import os
@@ -53,7 +53,14 @@ class Deployment:
         return self.processes[name]
 
     def start_superlink(self) -> None:
-        words = [self.command("flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(self.api)]
+        words = [
+            self.command("flower-superlink"),
+            "--insecure",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.api),
+        ]
         words += ["--fleet-api-address", f"127.0.0.1:{self.fleet}"]
         words += ["--control-api-address", f"127.0.0.1:{self.control}"]
         words += ["--database", str(self.folder / "state.db"), "--disable-runtime-dependency-installation"]
@@ -79,7 +86,8 @@ class Deployment:
         home = self.folder / "home"
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{self.api}"\ninsecure = true\n'
+            '[superlink]\ndefault = "here"\n\n[superlink.here]\n'
+            f'address = "127.0.0.1:{self.api}"\ninsecure = true\n'
         )
         return subprocess.run(
             [self.command("flwr"), *words],

@@ -44,5 +44,5 @@ def engine(
         dp or config(),
         num_rounds=num_rounds,
         progress=False,
-        **options,
+        **{"evaluate_every": 100, **options},
     )

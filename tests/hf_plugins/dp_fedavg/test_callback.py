@@ -1,4 +1,4 @@
-"""BLUR in the real Trainer: exact steps, accumulation, PEFT, refusals; LUS's gradient from a Trainer client."""
+"""BLUR in the real Trainer: exact steps, accumulation, PEFT, refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def train(model: nn.Module, folder: Path, callback: BLURCallback, **options: Any
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_ten_steps_are_the_golden_ones(tmp_path: Path, accumulation: int) -> None:
-    """lambda 0.4, S = 1, eta 0.1: [1.680163, 2.240217, 0.280027, -0.140014], however gradients are accumulated."""
+    """lambda 0.4, S = 1, eta 0.1, however gradients are accumulated: the dossier's ten steps."""
     model, callback = Far(), BLURCallback(1.0, 0.4)
     train(model, tmp_path, callback, gradient_accumulation_steps=accumulation)
     torch.testing.assert_close(

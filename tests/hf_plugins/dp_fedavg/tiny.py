@@ -17,7 +17,7 @@ DATA = ROOT / "tests" / "data" / "fashion_mnist_tiny"
 def config(**options: Any) -> DPFedAvgConfig:
     """Without the method's parts unless asked for: plain DP-FedAvg."""
     base = {
-        "noise_multiplier": 1.0,
+        "noise_multiplier": 4.0,
         "clipping_norm": 0.05,
         "sample_rate": 0.5,
         "blur": 0.0,

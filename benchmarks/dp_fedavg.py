@@ -1,5 +1,5 @@
-"""Rounds per second and memory of the in-process engine, one by one and side by side, against a plain loop and
-Flower's simulation, with 10, 100 and 1,000 clients of which 10 train in a round.
+"""Rounds per second and memory of the in-process engine, one by one and side by side, against a plain loop
+and Flower's simulation, with 10, 100 and 1,000 clients of which 10 train in a round.
 
 ``python -m benchmarks.dp_fedavg`` measures each way in a process of its own and writes
 ``docs/results/dp_fedavg.json``; ``--short`` does a little and writes nothing.

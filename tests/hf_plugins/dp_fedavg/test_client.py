@@ -16,6 +16,7 @@ from hf_plugins.rounds.flower import job_record, read_update, reply_with, to_arr
 from hf_plugins.rounds.vector import digest  # noqa: E402
 from tests.hf_plugins.dp_fedavg.tiny import DATA, config  # noqa: E402
 from tests.hf_plugins.rounds import tiny  # noqa: E402
+from tests.hf_plugins.rounds.test_flower import as_task  # noqa: E402
 
 pytestmark = pytest.mark.host
 WEIGHTS = TrainableVector(tiny.model())
@@ -24,6 +25,7 @@ DELTA = torch.linspace(-1, 1, len(WEIGHTS))
 
 
 def message(**options: Any) -> tuple[Message, Job]:
+    as_task()
     given = client_options(config(**options), clipping_norm=0.5, noise_multiplier=1.0, num_clients=10)
     job = Job(client_id=2, round_index=4, seed=1, config=given)
     content = RecordDict({"arrays": to_arrays(WEIGHTS, START), "config": job_record(job, digest(START))})

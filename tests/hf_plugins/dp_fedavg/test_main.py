@@ -72,7 +72,10 @@ def test_epsilon_without_training(tmp_path: Path, capsys: pytest.CaptureFixture)
         ({"dp": {"noise_multiplier": -1}}, "noise_multiplier must be a finite number"),
         ({"local": {"lr": 1}}, "is no option of local training"),
         ({"model": "vit"}, "model must be mlp or cnn"),
-        ({"local": {"learning_rate": "fast"}}, "learning_rate"),
+        ({"local": {"learning_rate": "1e-3"}}, "YAML reads 1e-3 as text"),
+        ({"num_rounds": "many"}, "num_rounds takes int; got 'many'"),
+        ({"dp": {"noise_multiplier": "1e-3"}}, "noise_multiplier takes float | None"),
+        ({"num_clients": True}, "num_clients takes int"),
     ],
 )
 def test_wrong_recipes_end_with_one_line(

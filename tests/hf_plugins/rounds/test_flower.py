@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("flwr")
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict  # noqa: E402
 
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
 from hf_plugins.rounds import InProcess, Job, RoundContext, TrainableVector, Update  # noqa: E402
 from hf_plugins.rounds.flower import (  # noqa: E402
     FlowerTransport,
@@ -37,10 +39,16 @@ def test_vectors_and_jobs_round_trip() -> None:
     assert read_job(job_record(job, base=9)) == job
 
 
+def as_task() -> None:
+    """Messages name the run and the task that make them; a ServerApp's process is told which it is."""
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+
+
 class Node:
     """A grid with nodes that answer in process, as SuperNodes would."""
 
     def __init__(self, apps: dict[int, Any], change: Any = None) -> None:
+        as_task()
         self.apps, self.change, self.queries = apps, change, 0
 
     def get_node_ids(self) -> list[int]:

@@ -126,5 +126,8 @@ def test_refusals() -> None:
         ValueError, match="is no option of local training; it has .*Did you mean 'learning_rate'"
     ):
         LocalTraining().with_config({"learning_rat": 1.0})
+    for wrong in ({"learning_rate": "1e-3"}, {"batch_size": 2.5}, {"optimizer": 3}):
+        with pytest.raises(ValueError, match="YAML reads 1e-3 as text: write 1.0e-3"):
+            LocalTraining().with_config(wrong)
     with pytest.raises(ValueError, match="records must be tensors of one length"):
         TorchClient(0, (torch.zeros(2), torch.zeros(3)), loss=tiny.loss)

@@ -1,7 +1,5 @@
 """One resident model for all clients: what is put back, who is left out, how much memory."""
 
-import gc
-
 import pytest
 import torch
 from torch import nn
@@ -43,7 +41,6 @@ def test_memory_is_that_of_the_client_that_trains() -> None:
     most = []
 
     def finish(update: Update, job: Job) -> Update:
-        gc.collect()
         most.append(len(alive))
         return update
 

@@ -30,9 +30,9 @@ PILOT_SEED = 100
 SEEDS = (0, 1, 2)
 METHODS = ("DP-FedAvg", "FedProx", "DP-FedAvg + BLUR", "DP-FedAvg + LUS", "DP-FedAvg + BLUR + LUS")
 # Kept for every task: what each grid may try.
-STRENGTHS = (0.4, 4.0)
-KEEPS = (0.3, 0.7)
-PROXIMAL = (0.1, 1.0)
+STRENGTHS = (4.0,)
+KEEPS = (0.5,)
+PROXIMAL = (1.0,)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -54,14 +54,15 @@ def setting(task: str) -> Setting:
                 "task": "images",
                 "data": str(data_set("mnist")),
                 "model": "cnn",
-                "num_clients": 1000,
+                "num_clients": 500,
                 "alpha": 0.3,
-                "num_rounds": 40,
+                "num_rounds": 25,
+                "max_records": 60,
                 "max_test_records": 2000,
                 "group_size": 25,
             },
             local={"learning_rate": 0.1, "num_epochs": 2, "batch_size": 20},
-            norms=(0.3, 1.0, 3.0),
+            norms=(0.3, 1.0),
             sample_rate=0.1,
         )
     if task == "shakespeare":

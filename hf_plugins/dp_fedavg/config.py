@@ -196,11 +196,6 @@ class DPFedAvgConfig:
             wrong.append(f"count_noise_std must be > 0 and needs quantile; got {self.count_noise_std}.")
         return wrong
 
-    @property
-    def keep_gradient(self) -> str:
-        """What LUS needs of local training: ``none``, ``last`` or ``full``."""
-        return self.lus_gradient if self.keep_ratio < 1 and self.lus_score == "utility" else "none"
-
     def delta_for(self, num_clients: int) -> float:
         """Delta of the guarantee with this many users."""
         return self.delta if self.delta is not None else min(0.5, float(num_clients) ** -1.1)

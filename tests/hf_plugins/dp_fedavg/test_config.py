@@ -46,7 +46,7 @@ def test_method_options_are_checked(wrong: dict, words: str) -> None:
 
 
 def test_all_faults_at_once() -> None:
-    with pytest.raises(ValueError, match="clipping_norm must be .*keep_ratio must lie"):
+    with pytest.raises(ValueError, match="DPFedAvgConfig: .*clipping_norm must be .*keep_ratio must lie"):
         DPFedAvgConfig(noise_multiplier=1.0, clipping_norm=-1, keep_ratio=2)
 
 
@@ -70,10 +70,6 @@ def test_derived_values() -> None:
     assert config.delta_for(500) == pytest.approx(500**-1.1)
     assert config.delta_for(500) < 1 / 500
     assert config.expected_users(500) == pytest.approx(50)
-    assert config.keep_gradient == "last"
-    assert DPFedAvgConfig(noise_multiplier=1.0, lus_gradient="full").keep_gradient == "full"
-    for off in ({"keep_ratio": 1.0}, {"lus_score": "magnitude"}):
-        assert DPFedAvgConfig(noise_multiplier=1.0, **off).keep_gradient == "none"
     fixed = DPFedAvgConfig(noise_multiplier=1.0, sampling="fixed", cohort_size=7, delta=1e-3)
     assert fixed.expected_users(500) == 7
     assert fixed.delta_for(10) == 1e-3
@@ -83,13 +79,13 @@ def test_derived_values() -> None:
 def test_recipe() -> None:
     run, dp, local = parse_recipe({**RUN, "dp": {"noise_multiplier": 1.0}, "local": {"learning_rate": 0.1}})
     assert (run.num_rounds, dp.noise_multiplier, local) == (3, 1.0, {"learning_rate": 0.1})
-    with pytest.raises(ValueError, match="has the unknown key 'num_round'; did you mean 'num_rounds'"):
+    with pytest.raises(ValueError, match=" has the unknown key .*; did you mean 'num_rounds'"):
         parse_recipe({**RUN, "num_round": 3})
-    with pytest.raises(ValueError, match="section dp has the unknown key 'zzz'; known: "):
+    with pytest.raises(ValueError, match=" has the unknown key .*; known: "):
         parse_recipe({**RUN, "dp": {"zzz": 3}})
-    with pytest.raises(ValueError, match="lacks task, data; every recipe must say so"):
+    with pytest.raises(ValueError, match="lacks task, data.*; every recipe must say so"):
         parse_recipe({"output_dir": "y", "num_rounds": 3})
-    with pytest.raises(ValueError, match="must hold keys and values; got 3"):
+    with pytest.raises(ValueError, match=" must hold keys and values; got "):
         parse_recipe({**RUN, "dp": 3})
 
 
@@ -112,3 +108,11 @@ def test_recipe_of_a_flower_run() -> None:
         {"learning_rate": 0.1},
     )
     assert flower_recipe({**flat, "report-to": ""})[0].report_to == []
+
+
+def test_public_names_come_when_asked_for() -> None:
+    import hf_plugins.dp_fedavg as room
+
+    assert room.BLURCallback.__name__ == "BLURCallback"
+    with pytest.raises(AttributeError, match="has no attribute "):
+        room.Nothing  # noqa: B018

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_plugins.dp_fedavg import FinishUpdate, gradient_term
-from hf_plugins.dp_fedavg.hook import client_options
+from hf_plugins.dp_fedavg.hook import client_options, gradient_needed
 from hf_plugins.rounds import ClientFailed, Job, Update
 from tests.hf_plugins.dp_fedavg.tiny import config
 
@@ -92,6 +92,13 @@ def test_terms() -> None:
     assert gradient_term(far, job(proximal=1.0).config, 0)[0].tolist() == [3.0, 4.0]
     hinge = job(blur=1.0, blur_hinge="norm", clipping_norm=1.0).config
     assert gradient_term(far, hinge, 0)[0].tolist() == pytest.approx([3 * 0.8, 4 * 0.8])
+
+
+def test_gradient_is_asked_for_only_where_lus_ranks_by_it() -> None:
+    assert gradient_needed(config(keep_ratio=0.5)) == "last"
+    assert gradient_needed(config(keep_ratio=0.5, lus_gradient="full")) == "full"
+    assert gradient_needed(config(keep_ratio=1.0)) == "none"
+    assert gradient_needed(config(keep_ratio=0.5, lus_score="magnitude")) == "none"
 
 
 def test_options_travel_as_plain_values() -> None:

@@ -324,7 +324,7 @@ def test_refusals() -> None:
         engine(model=nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)))
     with pytest.raises(ValueError, match="secure=True needs save_every=1"):
         engine(config(secure=True), save_every=2)
-    with pytest.raises(ValueError, match="users a round, but there are 8"):
+    with pytest.raises(ValueError, match=" users a round, but there are "):
         engine(config(sampling="fixed", cohort_size=9))
 
 

@@ -55,7 +55,7 @@ def test_refusals() -> None:
         Sampling(mode="poisson", rate=10)
     with pytest.raises(ValueError, match="fixed sampling needs size >= 1"):
         Sampling(mode="fixed")
-    with pytest.raises(ValueError, match="clients a round are asked for, but there are 2"):
+    with pytest.raises(ValueError, match="clients a round are asked for, but there are "):
         Sampling(mode="fixed", size=3).draw(range(2), seed=0, round_index=0)
 
 

@@ -107,7 +107,7 @@ def test_config_keys_are_arguments_and_are_read_back(tmp_path: Path) -> None:
     changed = arguments_with(base, {"weight_decay": 0.5, "hpn.dropout": 0.1, "keep_gradient": "last"})
     assert changed.weight_decay == 0.5
     assert base.weight_decay == 0.0
-    with pytest.raises(ValueError, match="is no field of TrainingArguments; did you mean learning_rate"):
+    with pytest.raises(ValueError, match=" is no field of TrainingArguments.*; did you mean "):
         arguments_with(base, {"learning_rat": 1})
 
     class Stubborn(TrainingArguments):
@@ -119,7 +119,7 @@ def test_config_keys_are_arguments_and_are_read_back(tmp_path: Path) -> None:
         def weight_decay(self, value: float) -> None:
             pass
 
-    with pytest.raises(ValueError, match="did not take: 0.5 was set"):
+    with pytest.raises(ValueError, match=" did not take: .* was set, "):
         arguments_with(Stubborn(str(tmp_path), use_cpu=True), {"weight_decay": 0.5})
     with pytest.raises(ValueError, match="keep_gradient must be one of none, last, full"):
         client(tmp_path).train(TrainableVector(Line()), job(keep_gradient="first"))

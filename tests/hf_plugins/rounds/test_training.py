@@ -111,6 +111,8 @@ def test_prepare_runs_before_training_and_evaluation_needs_records() -> None:
 
 
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="LocalTraining: .*momentum must lie in .*batch_size must be"):
+        LocalTraining(momentum=1, batch_size=0)
     for wrong, words in {
         "learning_rate": "learning_rate must be a finite number > 0",
         "weight_decay": " must be >= 0; got -1",

@@ -123,6 +123,15 @@ def leak_chart(folder: Path, printed: str) -> str:
     )
 
 
+def rounds_chart(folder: Path, printed: str) -> str:
+    """Accuracy of the global model over the rounds."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    name = next(key for key in rows[-1] if key.endswith("accuracy"))
+    points = {number: row[name] for number, row in enumerate(rows, 1) if name in row}
+    return report_page.line_chart("Global model", {name: points}, x_label="round", y_label="accuracy")
+
+
 STOPS = (
     Stop(
         room="mm_plugins/pkd",
@@ -192,6 +201,14 @@ STOPS = (
         figure=r'"eval_accuracy": ([\d.]+)',
         says="Accuracy {} after three steps on 200 images: the parts, not the quality.",
         picture=printed_lines(r'"eval_(loss|accuracy)"|epsilon'),
+    ),
+    Stop(
+        room="hf_plugins/dp_fedavg",
+        title="Twenty users train together, each protected as a whole",
+        commands=("mmhf dp-fedavg run configs/dp_fedavg/fashion_mnist_tiny.yaml --output-dir OUT",),
+        figure=r'"epsilon": ([\d.]+)',
+        says="Epsilon {:.6} for a user: with twenty of them noise that protects would drown the model.",
+        picture=rounds_chart,
     ),
     Stop(
         room="hf_plugins/tee_split",

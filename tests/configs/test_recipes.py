@@ -33,6 +33,12 @@ def _dpnas(values: dict[str, Any]) -> None:
     _host_arguments(values, DPNASTrainConfig)
 
 
+def _dp_fedavg(values: dict[str, Any]) -> None:
+    from hf_plugins.dp_fedavg.config import parse_recipe
+
+    parse_recipe(values)
+
+
 def _embed_parrot(values: dict[str, Any]) -> None:
     from hf_plugins.embed_parrot.config import LeakScanConfig
 
@@ -69,6 +75,7 @@ def _tee_split(values: dict[str, Any]) -> None:
 
 READERS: dict[str, Callable[[dict[str, Any]], None]] = {
     "dp": _dp,
+    "dp_fedavg": _dp_fedavg,
     "dpnas": _dpnas,
     "embed_parrot": _embed_parrot,
     "fapm": _fapm,

@@ -16,7 +16,10 @@ SNIPPETS = blocks("python", "py")
 def is_config(block: Block) -> bool:
     """Whether a snippet is (a part of) an mmdet or mmseg config."""
     return bool(
-        re.match(r"(_base_|custom_imports|model|decode_head|custom_hooks|train_cfg)\b", block.text)
+        re.match(
+            r"(_base_|custom_imports|model|decode_head|bbox_head|val_evaluator|custom_hooks|train_cfg)\b",
+            block.text,
+        )
     ) and ("import " not in block.text.split("\n", 1)[0])
 
 
@@ -38,6 +41,8 @@ def _load(block: Block, folder: Path) -> Any:
         text = MM_HEADS[head] + text
     if head == "decode_head":
         text += "\nmodel = dict(decode_head=decode_head)\n"
+    if head == "bbox_head":
+        text += "\nmodel = dict(bbox_head=bbox_head, panoptic_fusion_head=panoptic_fusion_head)\n"
     (folder / "snippet.py").write_text(text, encoding="utf-8")
     return Config.fromfile(folder / "snippet.py")
 
@@ -60,6 +65,11 @@ def test_config_snippet_builds(block: Block, tmp_path: Path) -> None:
 
         report = inspect_config(config)
         assert not [problem for problem in report.problems if "teacher_ckpt" not in problem]
+        return
+    if block.text.startswith("val_evaluator"):
+        from mmdet.registry import METRICS
+
+        assert METRICS.get(config.val_evaluator.type) is not None
         return
     built = _registry(config.default_scope).build(config.model)
     assert isinstance(built, nn.Module)

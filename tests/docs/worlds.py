@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tests.docs.blocks import ROOT
+
 Names = dict[str, Any]
 
 
@@ -94,7 +96,6 @@ def gradpruner(folder: Path) -> Names:
 
 def embed_parrot(folder: Path) -> Names:
     """A Llama of 16 layers with a tokenizer, and a few texts."""
-    from tests.docs.blocks import ROOT
     from tests.hf_plugins.tiny_models import llama
     from tools.real_data import read_rows
     from tools.small_lm import train_tokenizer
@@ -108,6 +109,32 @@ def embed_parrot(folder: Path) -> Names:
         "texts": [text[:60] for text in texts[:2]],
         "public": texts[6:30],
         "evaluate": lambda model: next(model.parameters()).mean().item(),
+    }
+
+
+def dp_fedavg(folder: Path) -> Names:
+    """Two users with a few token ids each, a tiny LoRA model, and the two halves of a Flower app."""
+    from datasets import Dataset
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+    from peft import LoraConfig, get_peft_model
+    from transformers import TrainingArguments
+
+    from tests.hf_plugins.tiny_models import llama
+
+    ids = torch.randint(3, 90, (4, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    model = llama(1).train()
+    return {
+        "datasets": [rows.select([0, 1]), rows.select([2, 3])],
+        "num_users": 2,
+        "training_arguments": TrainingArguments(
+            "local", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=0.1
+        ),
+        "peft_model": get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"])),
+        "model": model,
+        "client_app": ClientApp(),
+        "server_app": ServerApp(),
     }
 
 
@@ -136,13 +163,17 @@ def paper_index(folder: Path) -> Names:
 WORLDS: dict[str, Callable[[Path], Names]] = {
     "docs/paper_index.md": paper_index,
     "hf_plugins/dp/README.md": dp,
+    "hf_plugins/dp_fedavg/README.md": dp_fedavg,
     "hf_plugins/embed_parrot/README.md": embed_parrot,
     "hf_plugins/fapm/README.md": fapm,
     "hf_plugins/gradpruner/README.md": gradpruner,
     "hf_plugins/tee_split/README.md": tee_split,
 }
 # Fragments of a config of mmdet or mmseg begin with the line that the reader already has.
+PANOPTIC = ROOT / "configs" / "spatialflow" / "spatialflow_r50_fpn_20e_coco.py"
 MM_HEADS = {
+    "bbox_head": f'_base_ = ["{PANOPTIC}"]\n',
+    "val_evaluator": f'_base_ = ["{PANOPTIC}"]\n',
     "model": '_base_ = ["mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"]\n',
     "decode_head": '_base_ = ["mmseg::encnet/encnet_r50-d8_4xb4-80k_ade20k-512x512.py"]\n',
 }

@@ -209,7 +209,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         if args.finished_only and not (folder / "dense.json").is_file():
             continue
         score(task, seed, folder / "scores", score_steps=args.score_steps, steps=args.steps)
-        plans = {method: plan_of(task, method, seed, folder / "scores") for method in METHODS}
+        plans = {method: plan_of(task, method, seed, folder / "scores") for method in args.methods}
         runs = {
             name: train(task, plan, seed, folder, steps=args.steps, finished_only=args.finished_only)
             for name, plan in {"dense": None, **plans}.items()
@@ -266,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=30, help="fine-tuning steps of each model")
     parser.add_argument("--score-steps", type=int, default=12, help="LoRA steps that are scored")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--finished-only", action="store_true", help="report what is there, train nothing")
     parser.add_argument("--num-eval", type=int, default=64, help="test problems")
     parser.add_argument(

@@ -86,7 +86,7 @@ def _figure(figure: dict[str, Any], root: Path) -> dict[str, str]:
                 f"(one must), columns are {columns}, asked for {column!r}; rows: {rows}. Correct the entry."
             )
         value = _cell(found[0][columns.index(column)])
-        cells[key] = text[0].format(value) if text else f"{begins[-1]}: {value}"
+        cells[key] = text[0].format(value) if text else f"{' '.join(begins)}: {value}"
     how = f"{len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}"
     return cells | {
         "what": figure["what"],

@@ -1,6 +1,6 @@
 """Does SpatialFlow learn, and what do its flows change? Real images, mmdet's own train.py.
 
-``coco``: six COCO images with 133 classes learned by heart (training and test images are the same).
+``coco``: three COCO images with 133 classes learned by heart (training and test images are the same).
 ``nuclei``: 77 training and 23 other validation images, every choice of flows with every seed.
 Finished runs are kept in ``--work-dir``, so an interrupted benchmark goes on where it stopped. Writes
 ``docs/results/spatialflow_coco.json`` and ``docs/results/spatialflow_nuclei.json``.
@@ -31,7 +31,7 @@ VALIDATION = {
     "nuclei": ("panoptic_val.json", "panoptic/val/"),
     "coco": ("annotations/panoptic_train2017.json", "annotations/panoptic_train2017/"),
 }
-EPOCHS = {"nuclei": 10, "coco": 300}
+EPOCHS = {"nuclei": 10, "coco": 200}
 ALL = ("cls", "stuff", "mask", "stuff_mask")
 ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     "nuclei": {
@@ -131,7 +131,7 @@ NOTES = {
         "same seed."
     ),
     "coco": (
-        "Six COCO images, 133 classes, training and test images the same: learned by heart in {epochs} "
+        "Three COCO images, 133 classes, training and test images the same: learned by heart in {epochs} "
         "steps by "
         "the quarter-width ResNet-18 with 64 channels, from scratch. It shows that the chain is right, and "
         "nothing "

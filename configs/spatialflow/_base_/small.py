@@ -24,10 +24,11 @@ model = dict(
         stacked_stuff_convs=2,
         # Small objects: anchors from 16 pixels on.
         anchor_generator=dict(octave_base_scale=2),
-        # From scratch, N(0, 0.01) lets two convolutions and a flow swallow the signal.
+        # From scratch, N(0, 0.01) lets the signal fade; Kaiming lets the sums of flows and features grow.
         init_cfg=dict(
-            type="Kaiming",
+            type="Xavier",
             layer="Conv2d",
+            distribution="uniform",
             override=[
                 dict(type="Normal", name="retina_cls", std=0.01, bias_prob=0.01),
                 dict(type="Normal", name="retina_reg", std=0.01),

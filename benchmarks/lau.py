@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Shapes (images, channels, cells, k): {listed}. One thread, fp32, sides in turns; CPU time, and "
             "medians by the clock beside it, on a machine with other work; memory is the growth of a process "
             "beyond its inputs, forward and backward; the targets are given the own loss that the main loss "
-            "has anyway."
+            "has anyway, and their memory is what they need beyond the peak of computing that."
         ],
         details=found,
         folder=args.out,

@@ -140,6 +140,8 @@ def loss_in_pieces(x: Tensor, offset: Tensor, label: Tensor, k: int) -> Tensor:
 
 OPERATORS = {"authors' op": literal_op, "grid_sample": grid_op, "ours": our_op}
 TARGETS = {"six log-softmaxes": literal_targets, "ours": our_targets}
+# What is measured, and how its rows begin.
+TITLES = {"operator": "operator, ", "targets": "loss targets, ", "loss": "LaU + cross entropy, "}
 LOSSES = {"enlarged": loss_of_enlarged, "in pieces": loss_in_pieces}
 
 
@@ -339,11 +341,22 @@ def measure_gpu(folder: Path) -> None:
     )
 
 
+def rows_to_keep(path: Path, parts: Sequence[str]) -> tuple[list[list[str]], dict[str, dict]]:
+    """Rows and raw figures of an earlier run of the parts that are not measured now."""
+    if set(parts) == set(TITLES):
+        return [], {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    titles = tuple(TITLES[part] for part in TITLES if part not in parts)
+    rows = [row for row in record["table"]["rows"] if row[0].startswith(titles)]
+    return rows, {key: value for key, value in record["details"].items() if key.split(", ")[0] not in parts}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result file, print one JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--parts", nargs="+", choices=list(TITLES), default=list(TITLES))
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each side")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--short", action="store_true", help="one small shape, two turns, result not kept")
@@ -356,15 +369,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     sides = {"operator": OPERATORS, "targets": TARGETS, "loss": LOSSES}
     measures = {"operator": operator_rows, "targets": targets_row, "loss": loss_row}
-    jobs = [(part, name) for part in measures for name in shapes if name != "features" or part == "operator"]
+    jobs = [
+        (part, name) for part in args.parts for name in shapes if name != "features" or part == "operator"
+    ]
     # All memory first: afterwards a forked process would reuse what the timings have left behind.
     memory = {
         (part, name): {side: peak_mb(part, side, shapes[name]) for side in sides[part]} for part, name in jobs
     }
-    rows, found = [], {}
+    rows, found = rows_to_keep(args.out / "lau_op.json", args.parts)
     for part, name in jobs:
         made, found[f"{part}, {name}"] = measures[part](name, shapes[name], args.rounds, memory[part, name])
         rows += made
+    rows.sort(key=lambda row: [row[0].startswith(title) for title in TITLES.values()], reverse=True)
     listed = "; ".join(
         f"{name} {n}, {c}, {cells[0]}x{cells[1]}, {k}" for name, (n, c, cells, k) in shapes.items()
     )
@@ -387,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Shapes (images, channels, cells, k): {listed}. One thread, fp32, sides in turns; CPU time, and "
             "medians by the clock beside it, on a machine with other work; memory is the growth of a process "
             "beyond its inputs, forward and backward; the targets are given the own loss that the main loss "
-            "has anyway."
+            "has anyway, and their memory is what they need beyond the peak of computing that."
         ],
         details=found,
         folder=args.out,

@@ -312,7 +312,8 @@ def main(argv: Sequence[str]) -> int:
     if args.short:
         args.arms, args.seeds, args.train_only = [REFERENCE, "LaU + reg"], [0], True
         args.work_dir = args.work_dir.with_name("lau_short")
-    if not args.train_only and (len(args.seeds) < 2 or REFERENCE not in (args.arms or [REFERENCE])):
+    few = len(args.seeds) < 2 and not args.add
+    if not args.train_only and (few or REFERENCE not in (args.arms or [REFERENCE])):
         parser.error(f"a table needs two seeds or more and the arm {REFERENCE!r}.")
     torch.set_num_threads(1)
     for data in args.data:

@@ -1,8 +1,6 @@
 """``flwr run`` for real: the simulation, and a SuperLink with two SuperNodes on loopback."""
 
 import json
-import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -49,28 +47,6 @@ def test_superlink_with_two_supernodes_equals_in_process(tmp_path: Path) -> None
         while not (tmp_path / "out" / "report.json").is_file() and time.monotonic() < deadline:
             time.sleep(0.5)
     same_result(tmp_path / "out", in_process(tmp_path, num_rounds=2, num_clients=4))
-
-
-def test_a_node_that_dies_and_a_second_run_that_goes_on(tmp_path: Path) -> None:
-    """One of two SuperNodes is killed: its users do not answer, the rounds complete, epsilon is as planned.
-
-    A second ``flwr run`` after the SuperLink itself was killed finds the finished rounds and adds none.
-    """
-    overrides = {"data": str(DATA), "output-dir": str(tmp_path / "out"), "num-rounds": 2, "num-clients": 4}
-    overrides |= {"rounds.num-nodes": 1, "rounds.timeout": 60}
-    with deployment(tmp_path) as federation:
-        federation.stop("supernode-1", signal.SIGKILL)
-        done = federation.run_app(overrides, timeout=500)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    first = json.loads((tmp_path / "out" / "report.json").read_text())
-    whole = json.loads((in_process(tmp_path, num_rounds=2, num_clients=4) / "report.json").read_text())
-    assert first["epsilon"] == whole["epsilon"]
-    assert first["rounds"] == 2
-    kept = (tmp_path / "out" / "checkpoint.pt").read_bytes()
-    shutil.rmtree(tmp_path / "home")
-    with deployment(tmp_path, num_nodes=1) as federation:
-        assert federation.run_app(overrides, timeout=500).returncode == 0
-    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == kept
 
 
 def test_simulation_equals_in_process(tmp_path: Path) -> None:

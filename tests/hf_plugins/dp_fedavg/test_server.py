@@ -1,4 +1,4 @@
-"""``flwr run`` for real: the simulation, and a SuperLink with two SuperNodes on loopback."""
+"""``flwr run`` for real: a SuperLink with two SuperNodes on loopback."""
 
 import json
 import time
@@ -9,7 +9,6 @@ import torch
 import yaml
 
 pytest.importorskip("flwr")
-pytest.importorskip("ray")
 
 from hf_plugins.dp_fedavg.__main__ import main  # noqa: E402
 from tests.hf_plugins.dp_fedavg.deployment import deployment  # noqa: E402
@@ -47,34 +46,3 @@ def test_superlink_with_two_supernodes_equals_in_process(tmp_path: Path) -> None
         while not (tmp_path / "out" / "report.json").is_file() and time.monotonic() < deadline:
             time.sleep(0.5)
     same_result(tmp_path / "out", in_process(tmp_path, num_rounds=2, num_clients=4))
-
-
-def test_simulation_equals_in_process(tmp_path: Path) -> None:
-    """Flower's simulation engine with two simulated SuperNodes, through run_simulation."""
-    from flwr.serverapp import Grid, ServerApp
-    from flwr.simulation import run_simulation
-
-    from hf_plugins.dp_fedavg.strategy import UserLevelDP
-    from tests.hf_plugins.dp_fedavg.simulation import dp, simulated_clients
-    from tests.hf_plugins.dp_fedavg.tiny import engine
-    from tests.hf_plugins.rounds import tiny
-
-    server, found = ServerApp(), {}
-
-    @server.main()
-    def run(grid: Grid, context: object) -> None:
-        strategy = UserLevelDP(
-            tiny.model(), dp(), num_clients=8, num_rounds=2, evaluate_every=9, num_nodes=2, folder=tmp_path
-        )
-        strategy.start(grid)
-        found["vector"] = strategy.engine.vector_D
-
-    run_simulation(
-        server_app=server,
-        client_app=simulated_clients(),
-        num_supernodes=2,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 1}},
-    )
-    local = engine(dp(), num_rounds=2)
-    local.run(2)
-    assert torch.equal(found["vector"], local.vector_D)

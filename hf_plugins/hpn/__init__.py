@@ -1,1 +1,22 @@
-"""x"""
+"""HPN: hyper-parameters chosen for each client of a federation, by a network that learns from single rounds."""
+
+from hf_plugins.hpn.agent import HPN
+from hf_plugins.hpn.client import HPNClient
+from hf_plugins.hpn.config import HPNConfig
+from hf_plugins.hpn.dataset import encode_client
+from hf_plugins.hpn.embedding import Encoder
+from hf_plugins.hpn.server import Federation, HPNRun
+from hf_plugins.hpn.space import Categorical, Float, Space
+
+__all__ = [
+    "HPN",
+    "Categorical",
+    "Encoder",
+    "Federation",
+    "Float",
+    "HPNClient",
+    "HPNConfig",
+    "HPNRun",
+    "Space",
+    "encode_client",
+]

@@ -118,6 +118,9 @@ class _Log:
 class _Enrolled:
     """What all searchers share: clients in a fixed order, the space's sizes, the log."""
 
+    unchanged = 0
+    """Steps for which the best guess has not changed; 0 for searchers that cannot tell."""
+
     def __init__(self, space: Space, config: HPNConfig) -> None:
         self.space, self.config = space, config
         on_grid = config.policy == "categorical"

@@ -3,7 +3,6 @@
 Letters: K clients of one step, P hyper-parameters. Accuracies are shares in [0, 1].
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,7 +121,7 @@ class BucketBaseline:
         return f"{start * self.num_buckets // self.num_rounds}/{client}"
 
     def advantage(self, start: int, rewards: Mapping[str, float]) -> dict[str, float]:
-        """Reward less the mean so far, over the spread so far; nothing known yet gives 0.
+        """Reward less the mean so far, over the spread so far, cut at 3; nothing known yet gives 0.
 
         Args:
             start: Start round.
@@ -133,22 +132,23 @@ class BucketBaseline:
         """
         out = {}
         for client, reward in rewards.items():
-            mean, square, count = self._moments.get(self._key(start, client), (0.0, 0.0, 0))
-            if count < 2:
-                out[client] = 0.0
-                continue
-            out[client] = (reward - mean) / math.sqrt(max(square, 1e-8))
+            mean, deviation, count = self._moments.get(self._key(start, client), (0.0, 0.0, 0))
+            # 1.2533 makes a mean absolute deviation the standard deviation of a Gaussian.
+            spread = max(1.2533 * deviation, 1e-8)
+            out[client] = max(-3.0, min(3.0, (reward - mean) / spread)) if count >= 2 else 0.0
         return out
 
     def update(self, start: int, rewards: Mapping[str, float]) -> None:
         """Take rewards into the means; call it after `advantage`, or the reward would judge itself."""
         for client, reward in rewards.items():
             key = self._key(start, client)
-            mean, square, count = self._moments.get(key, (reward, 0.0, 0))
+            mean, deviation, count = self._moments.get(key, (reward, 0.0, 0))
             # A plain mean at first, so that the first reward does not linger.
             weight = max(1 - self.decay, 1 / (count + 1))
-            square = (1 - weight) * (square + weight * (reward - mean) ** 2)
-            self._moments[key] = (mean + weight * (reward - mean), square, count + 1)
+            mean += weight * (reward - mean)
+            # Absolute, not squared: one diverged round must not silence the next twenty.
+            deviation += max(1 - self.decay, 1 / max(1, count)) * (abs(reward - mean) - deviation)
+            self._moments[key] = (mean, deviation, count + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 
-def config_features(actions_NP: Tensor, sizes: Sequence[int], *, pairs: bool = True) -> Tensor:
+def config_features(actions_NP: Tensor, sizes: Sequence[int], *, pairs: float = 0.3) -> Tensor:
     """One-hot of each choice, and of each pair of choices of two hyper-parameters.
 
     Args:
         actions_NP: Indices; a place in [0, 1] (size 0) gives itself, its square and its cube.
         sizes: Choices of each hyper-parameter.
-        pairs: Add products of two hyper-parameters.
+        pairs: Scale of the pairs; below 1, because effects of single choices are larger and easier to learn.
+            0 leaves them out.
 
     Returns:
         (N, J), float64.
@@ -36,12 +37,13 @@ def config_features(actions_NP: Tensor, sizes: Sequence[int], *, pairs: bool = T
     parts = list(singles)
     if pairs:
         for i, first in enumerate(singles):
-            parts += [(first[:, :, None] * second[:, None, :]).flatten(1) for second in singles[i + 1 :]]
+            for second in singles[i + 1 :]:
+                parts.append(pairs * (first[:, :, None] * second[:, None, :]).flatten(1))
     return torch.cat(parts, dim=1)
 
 
 def client_features(
-    encodings_KE: Tensor, *, shared: float = 1.0, similar: float = 0.5, own: float = 0.5
+    encodings_KE: Tensor, *, shared: float = 1.0, similar: float = 0.5, own: float = 1.0
 ) -> Tensor:
     """What distinguishes clients, scaled so that one ridge penalty weighs the three parts.
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 
-def config_features(actions_NP: Tensor, sizes: Sequence[int], *, pairs: float = 0.3) -> Tensor:
-    """One-hot of each choice, and of each pair of choices of two hyper-parameters.
+def config_features(actions_NP: Tensor, sizes: Sequence[int], *, pairs: float = 0.2) -> Tensor:
+    """A constant, one-hot of each choice, and of each pair of choices of two hyper-parameters.
 
     Args:
         actions_NP: Indices; a place in [0, 1] (size 0) gives itself, its square and its cube.
@@ -34,7 +34,7 @@ def config_features(actions_NP: Tensor, sizes: Sequence[int], *, pairs: float = 
         else:
             place_N = 2 * action_N.double() - 1
             singles.append(torch.stack([place_N, place_N**2, place_N**3], dim=1))
-    parts = list(singles)
+    parts = [torch.ones(len(actions_NP), 1, dtype=torch.float64), *singles]
     if pairs:
         for i, first in enumerate(singles):
             for second in singles[i + 1 :]:

@@ -72,6 +72,7 @@ class RoundEngine:
         save_every: Rounds between checkpoints. More than one is safe only where a repeated round is the same
             round, which seeded randomness gives.
         on_round: Called with the round's row of metrics after it is saved.
+        hidden: Beginnings of metric names that are kept out of history, log and trackers.
         progress: Show a bar (only where there is a terminal).
     """
 
@@ -91,6 +92,7 @@ class RoundEngine:
         settings: Mapping[str, Any] | None = None,
         save_every: int = 1,
         on_round: Sequence[Callable[[dict[str, Any]], None]] = (),
+        hidden: Sequence[str] = (),
         progress: bool = True,
     ) -> None:
         if min(evaluate_every, save_every) < 1:
@@ -111,6 +113,7 @@ class RoundEngine:
         self.settings = {"seed": seed, **(settings or {})}
         self.save_every = save_every
         self.on_round = list(on_round)
+        self.hidden = tuple(hidden)
         self.progress = progress
         self.round_index = 0
         self.history: list[dict[str, Any]] = []
@@ -137,16 +140,38 @@ class RoundEngine:
             The outcome; two calls with the same arguments give the same one.
         """
         began = time.perf_counter()
+        context, jobs = self.begin(start_D, round_index, configure=configure, cohort=cohort)
+        answers = self.transport.train(jobs, context)
+        outcome = self.complete(context, answers, aggregate=aggregate)
+        outcome.metrics["rounds/seconds"] = time.perf_counter() - began
+        return outcome
+
+    def begin(
+        self,
+        start_D: Tensor,
+        round_index: int,
+        *,
+        configure: Configure | None = None,
+        cohort: Sequence[int] | None = None,
+    ) -> tuple[RoundContext, list[Job]]:
+        """First half of `step`: who takes part and what each shall do."""
         context = self._context(start_D, round_index, cohort)
         configure = configure or self.configure
-        jobs = [self._job(context, client_id, configure) for client_id in context.cohort]
-        answers = self.transport.train(jobs, context)
+        return context, [self._job(context, client_id, configure) for client_id in context.cohort]
+
+    def complete(
+        self,
+        context: RoundContext,
+        answers: Iterable[Update | Dropped],
+        *,
+        aggregate: Aggregator | None = None,
+    ) -> Outcome:
+        """Second half of `step`: what becomes of the answers, which come in the order of the jobs."""
         done = (aggregate or self.aggregate)(checked(answers, context), context)
         metrics = {
             **done.metrics,
             "rounds/cohort": float(len(context.cohort)),
             "rounds/dropped": float(len(context.dropped)),
-            "rounds/seconds": time.perf_counter() - began,
             **_mean_metrics(context.updates),
         }
         return Outcome(vector_D=self._moved(context, done), context=context, metrics=metrics)
@@ -210,6 +235,7 @@ class RoundEngine:
         row |= {f"rounds/dropped/{reason}": float(reasons.count(reason)) for reason in sorted(set(reasons))}
         if self.evaluate is not None and (last or (self.round_index + 1) % self.evaluate_every == 0):
             row |= self.evaluate(outcome.vector_D)
+        row = {name: value for name, value in row.items() if not name.startswith(self.hidden)}
         self.vector_D = outcome.vector_D
         self.round_index += 1
         self.history.append(row)

@@ -54,7 +54,7 @@ class InProcess:
     def train(self, jobs: Sequence[Job], context: RoundContext) -> Iterator[Update | Dropped]:
         """One client after the other."""
         for job in jobs:
-            with self._resident(context.start_D, job):
+            with self.resident(context.start_D, job):
                 try:
                     update = self.clients[job.client_id].train(self.weights, job)
                 except ClientFailed as error:
@@ -65,7 +65,7 @@ class InProcess:
     def evaluate(self, jobs: Sequence[Job], vector_D: Tensor) -> Iterator[tuple[int, dict[str, float]]]:
         """One client after the other; those that raise `ClientFailed` are left out."""
         for job in jobs:
-            with self._resident(vector_D, job):
+            with self.resident(vector_D, job):
                 try:
                     found = self.clients[job.client_id].evaluate(self.weights, job)
                 except ClientFailed:
@@ -73,8 +73,11 @@ class InProcess:
             yield job.client_id, found
 
     @contextlib.contextmanager
-    def _resident(self, vector_D: Tensor, job: Job) -> Iterator[None]:
-        """The model with these parameters, PyTorch's global generator seeded for the job; both put back."""
+    def resident(self, vector_D: Tensor, job: Job) -> Iterator[None]:
+        """The model with these parameters and PyTorch's global generator seeded for the job.
+
+        Afterwards generator and buffers are as before; parameters are not, they are set for each job.
+        """
         self.weights.write_(vector_D)
         state = torch.get_rng_state()
         torch.manual_seed(seed_for(job.seed, "global"))

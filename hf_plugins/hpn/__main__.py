@@ -4,13 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_plugins.hpn.config import HPNConfig, TaskConfig
+from hf_plugins.hpn.config import read_recipe
 from hf_plugins.hpn.dataset import make_federation
 from hf_plugins.hpn.picture import picture
 from hf_plugins.hpn.server import HPNRun
@@ -31,23 +30,6 @@ def _parser() -> argparse.ArgumentParser:
     drawn = commands.add_parser("picture", help="chosen hyper-parameters of each client as an SVG")
     drawn.add_argument("folder", type=Path, help="output_dir of the search")
     return parser
-
-
-def read_recipe(content: Any) -> tuple[HPNConfig, TaskConfig]:
-    """Options of a recipe's two dataclasses.
-
-    Raises:
-        ValueError: If it is no mapping, or a key is unknown.
-    """
-    if not isinstance(content, Mapping):
-        raise ValueError("the recipe must be a YAML mapping of options; configs/hpn holds some to start from.")
-    names = {kind: {f.name for f in fields(kind)} for kind in (HPNConfig, TaskConfig)}
-    unknown = set(content) - names[HPNConfig] - names[TaskConfig]
-    if unknown:
-        known = ", ".join(sorted(names[HPNConfig] | names[TaskConfig]))
-        raise ValueError(f"the recipe has unknown keys {', '.join(sorted(unknown))}; it takes {known}.")
-    parts = [{k: v for k, v in content.items() if k in names[kind]} for kind in (HPNConfig, TaskConfig)]
-    return HPNConfig(**parts[0]), TaskConfig(**parts[1])
 
 
 def _run(recipe: Mapping[str, Any]) -> HPNRun:

@@ -1,7 +1,8 @@
 """Options of a search, and of the command's recipe."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Method = Literal["hpn", "released", "uniform", "fedex", "random", "tpe", "default"]
@@ -223,3 +224,20 @@ class TaskConfig:
     output_dir: str = field(
         default="work_dirs/hpn", metadata={"help": "Folder of anchors, states and results."}
     )
+
+
+def read_recipe(content: Any) -> tuple[HPNConfig, TaskConfig]:
+    """Options of a recipe's two dataclasses.
+
+    Raises:
+        ValueError: If it is no mapping, or a key is unknown.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError("the recipe must be a YAML mapping of options; configs/hpn holds some to start from.")
+    names = {kind: {f.name for f in fields(kind)} for kind in (HPNConfig, TaskConfig)}
+    unknown = set(content) - names[HPNConfig] - names[TaskConfig]
+    if unknown:
+        known = ", ".join(sorted(names[HPNConfig] | names[TaskConfig]))
+        raise ValueError(f"the recipe has unknown keys {', '.join(sorted(unknown))}; it takes {known}.")
+    parts = [{k: v for k, v in content.items() if k in names[kind]} for kind in (HPNConfig, TaskConfig)]
+    return HPNConfig(**parts[0]), TaskConfig(**parts[1])

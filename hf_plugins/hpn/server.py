@@ -116,6 +116,7 @@ class HPNRun:
             self.folder / "anchors", store=config.store, every=config.store_every, dtype=config.store_dtype
         )
         self.history: list[dict[str, float]] = []
+        self.deployed_D = federation.initial_D
         self._stepper = self._engine()
 
     def _engine(self, **options: Any) -> RoundEngine:
@@ -426,6 +427,7 @@ class HPNRun:
             save_every=self.config.save_every,
         )
         engine.run(self.config.num_rounds)
+        self.deployed_D = engine.vector_D
         judge = self._engine(transport=self.federation.test or self.federation.transport)
         shared = self._figures(judge.evaluate_clients(engine.vector_D))
         last = judge.step(

@@ -1,7 +1,7 @@
 """HPN against its rivals at equal total rounds: a synthetic task with known personal optima, and real digits.
 
-``python -m benchmarks.hpn`` measures all seeds and writes two tables; a finished run of one method and seed is
-kept in ``work_dirs/hpn_benchmark`` and not repeated. ``--short`` runs one seed with few steps and writes
+``python -m benchmarks.hpn`` measures all seeds and writes two tables; a finished run of one method and seed
+is kept in ``work_dirs/hpn_benchmark`` and not repeated. ``--short`` runs one seed with few steps and writes
 nothing. ``--cost`` measures what a step costs on top of the round engine's own round.
 """
 
@@ -142,7 +142,9 @@ def quality(task: str, seeds: tuple[int, ...], folder: Path, **more: Any) -> lis
         for seed in seeds:
             label = name.replace(" ", "_").replace("'", "").replace(",", "").replace("+", "and")
             runs.append(run_one(task, name, seed, folder / task / label / str(seed), **more))
-            print(json.dumps({"task": task, "method": name, "seed": seed, **runs[-1]["personal"]}), flush=True)
+            print(
+                json.dumps({"task": task, "method": name, "seed": seed, **runs[-1]["personal"]}), flush=True
+            )
 
         def over(pick: Callable[[dict[str, Any]], float], runs: list[dict[str, Any]] = runs) -> str:
             return spread([100 * pick(run) for run in runs])
@@ -185,9 +187,9 @@ def write_quality(task: str, folder: Path, rows: list[list[Any]]) -> None:
         if "largest_departure_from_uniform" in run
     )
     notes = [
-        "Test figures in per cent, median (smallest-largest) over seeds. Personal: a client's model after one "
-        "more local round; global: the deployed average on each client's test records; worst tenth: mean over "
-        "the clients in it.",
+        "Test figures in per cent, median (smallest-largest) over seeds. Personal: a client's model after "
+        "one more local round; global: the deployed average on each client's test records; worst tenth: mean "
+        "over the clients in it.",
         f"HPN as released: after its search no probability is further than {departure:.1g} from uniform.",
     ]
     if task == "synthetic":
@@ -228,7 +230,9 @@ def cost(counts: tuple[int, ...], steps: int) -> list[list[Any]]:
             run.anchor()
             searcher = make_searcher(space, config)
             searcher.enrol(run.encodings())
-            inner = InProcess(federation.transport.weights.model, [c.inner for c in federation.transport.clients])
+            inner = InProcess(
+                federation.transport.weights.model, [c.inner for c in federation.transport.clients]
+            )
             bare = RoundEngine(inner, federation.initial_D, progress=False)
             ours, plain = [], []
             for step in range(steps):
@@ -264,6 +268,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--cost", action="store_true", help="only what a step costs")
     parser.add_argument("--task", choices=tuple(TASKS), help="only this task")
+    parser.add_argument("--seed", type=int, choices=SEEDS, help="only run this seed, and write no table yet")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.short:
@@ -290,13 +295,16 @@ def main() -> int:
             ),
             rows=cost((10, 100, 1000), 10),
             notes=[
-                "A bare round is one training and one evaluation of every client by the round engine alone; a "
-                "search step also proposes, applies and reads back every config, and updates the policy. "
+                "A bare round is one training and one evaluation of every client by the round engine alone; "
+                "a search step also proposes, applies and reads back every config, and updates the policy. "
                 "Median (smallest-largest) of 10 pairs taken in turn, one thread.",
             ],
         )
         return 0
     for task in [options.task] if options.task else list(TASKS):
+        if options.seed is not None:
+            quality(task, (options.seed,), WORK)
+            continue
         write_quality(task, WORK, quality(task, SEEDS, WORK))
     return 0
 

@@ -1,4 +1,4 @@
-"""HPN: hyper-parameters chosen for each client of a federation, by a network that learns from single rounds."""
+"""HPN: hyper-parameters for each client of a federation, from a network that learns from single rounds."""
 
 from hf_plugins.hpn.agent import HPN
 from hf_plugins.hpn.client import HPNClient

@@ -41,7 +41,9 @@ def _run(recipe: Mapping[str, Any]) -> HPNRun:
 
 def _search(args: argparse.Namespace) -> dict[str, Any]:
     if not args.recipe.is_file():
-        raise FileNotFoundError(f"the recipe {args.recipe} does not exist; configs/hpn holds some to start from.")
+        raise FileNotFoundError(
+            f"the recipe {args.recipe} does not exist; configs/hpn holds some to start from."
+        )
     content = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
     read_recipe(content)
     given = {"output_dir": args.output_dir, "method": args.method, "seed": args.seed}
@@ -50,9 +52,11 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
     write_json(run.folder / "recipe.json", content)
     configs = run.search()
     best = run.federation.known_best
-    right = {
-        "known_best_found": sum(configs[client] == config for client, config in best.items()) / len(best)
-    } if best else {}
+    right = (
+        {"known_best_found": sum(configs[client] == config for client, config in best.items()) / len(best)}
+        if best
+        else {}
+    )
     found = json.loads((run.folder / "search.json").read_text(encoding="utf-8"))
     return {
         "output_dir": str(run.folder),

@@ -73,7 +73,9 @@ APPLIERS: dict[str, Applier] = {
     "num_train_epochs": Applier(lambda seen: seen.num_records / max(1, seen.epoch)),
     "batch_size": Applier(lambda seen: seen.batch_size),
     "per_device_train_batch_size": Applier(lambda seen: seen.batch_size),
-    "dropout": Applier(lambda seen: _one(seen.dropout), lambda model, value: set_dropout_(model, float(value))),
+    "dropout": Applier(
+        lambda seen: _one(seen.dropout), lambda model, value: set_dropout_(model, float(value))
+    ),
 }
 """Hyper-parameters that a client knows how to apply; add your own with `register_applier`."""
 

@@ -71,9 +71,7 @@ class HPNConfig:
         default=400, metadata={"help": "Rounds R of the anchor run and of the deployed training."}
     )
     num_steps: int = field(default=4000, metadata={"help": "Steps of the search, one round each."})
-    cohort_size: int = field(
-        default=0, metadata={"help": "Clients in a step of the search; 0: all of them."}
-    )
+    cohort_size: int = field(default=0, metadata={"help": "Clients in a step of the search; 0: all of them."})
     learning_rate: float = field(
         default=3e-3, metadata={"help": "Adam's learning rate of the policy (the release: 1e-3)."}
     )
@@ -111,9 +109,7 @@ class HPNConfig:
             "histogram."
         },
     )
-    num_features: int = field(
-        default=6, metadata={"help": "Features per label of the encoding; even (rff)."}
-    )
+    num_features: int = field(default=6, metadata={"help": "Features per label of the encoding; even (rff)."})
     bandwidth: float = field(
         default=127.0, metadata={"help": "Kernel bandwidth of rff; rff-median finds its own."}
     )
@@ -233,7 +229,9 @@ def read_recipe(content: Any) -> tuple[HPNConfig, TaskConfig]:
         ValueError: If it is no mapping, or a key is unknown.
     """
     if not isinstance(content, Mapping):
-        raise ValueError("the recipe must be a YAML mapping of options; configs/hpn holds some to start from.")
+        raise ValueError(
+            "the recipe must be a YAML mapping of options; configs/hpn holds some to start from."
+        )
     names = {kind: {f.name for f in fields(kind)} for kind in (HPNConfig, TaskConfig)}
     unknown = set(content) - names[HPNConfig] - names[TaskConfig]
     if unknown:

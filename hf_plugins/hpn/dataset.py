@@ -16,7 +16,6 @@ from hf_plugins.hpn.client import HPNClient, secret_of
 from hf_plugins.hpn.config import HPNConfig
 from hf_plugins.hpn.embedding import ClientEncoding, Encoder, encode, median_bandwidth
 from hf_plugins.hpn.server import Federation, encoding_noise
-from hf_plugins.hpn.space import Config
 from hf_plugins.rounds import (
     InProcess,
     LocalTraining,
@@ -70,8 +69,8 @@ def _tensors(dataset: Any, input_column: str, label_column: str) -> Records:
         missing = [name for name in (input_column, label_column) if name not in first]
         if missing:
             raise ValueError(
-                f"the data set has no column {missing[0]!r}; it has {', '.join(sorted(first))}. Name them with "
-                "input_column and label_column."
+                f"the data set has no column {missing[0]!r}; it has {', '.join(sorted(first))}. Name them "
+                "with input_column and label_column."
             )
         pairs = [(row[input_column], row[label_column]) for row in dataset]
     else:
@@ -104,7 +103,8 @@ def make_federation(task: str, task_args: dict[str, Any], config: HPNConfig) -> 
             make = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(
-                f"task={task!r} cannot be imported ({error}); write module:function of something on PYTHONPATH."
+                f"task={task!r} cannot be imported ({error}); write module:function of something that "
+                "stands on PYTHONPATH."
             ) from error
     elif task in TASKS:
         make = TASKS[task]
@@ -231,7 +231,8 @@ def synthetic(
 
     Client k sees inputs ``x = sqrt(h_k) u`` with ``u`` spread evenly over all directions, so its loss has
     the Hessian ``h_k I``; one full-batch step of rate ``1 / h_k`` lands on its optimum, from anywhere. Weight
-    decay only pulls away from it. Optima differ between clients, so that averages stay away from them. The figure ``accuracy`` is 1 - relative squared error, cut at 0.
+    decay only pulls away from it. Optima differ between clients, so that averages stay away from them. The
+    figure ``accuracy`` is 1 - relative squared error, cut at 0.
 
     Args:
         config: Options.
@@ -283,7 +284,9 @@ def synthetic(
         encoder=make_encoder(config, num_labels=1, public=torch.randn(200, dim)),
         config=config,
         training=LocalTraining(batch_size=copies * dim),
-        examples=[lambda part=part: (part[0][0], torch.zeros(len(part[0][0]), dtype=torch.long)) for part in parts],
+        examples=[
+            lambda part=part: (part[0][0], torch.zeros(len(part[0][0]), dtype=torch.long)) for part in parts
+        ],
     )
     federation.known_best = best
     return federation
@@ -390,7 +393,9 @@ def npz(
         x, labels = torch.from_numpy(arrays["x"]).float(), torch.from_numpy(arrays["labels"]).long()
     num_labels = int(labels.max()) + 1
     parts = []
-    for number, index in enumerate(dirichlet_split(labels.tolist(), num_clients, alpha=alpha, seed=config.seed)):
+    for number, index in enumerate(
+        dirichlet_split(labels.tolist(), num_clients, alpha=alpha, seed=config.seed)
+    ):
         rows = torch.from_numpy(index)
         seed = seed_for(config.seed, "client", number)
         factor = scale[number % len(scale)]
@@ -432,7 +437,8 @@ def read_idx(folder: Path, split: str) -> Records:
         paths = sorted(folder.glob(f"{split}*{kind}*idx*"))
         if not paths:
             raise FileNotFoundError(
-                f"{folder} holds no {split}*{kind}*idx* file (MNIST form, plain or .gz); check folder and split."
+                f"{folder} holds no {split}*{kind}*idx* file (MNIST form, plain or .gz); check "
+                "folder and split."
             )
         opener = gzip.open if paths[0].suffix == ".gz" else open
         with opener(paths[0], "rb") as file:

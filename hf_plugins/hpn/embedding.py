@@ -110,8 +110,8 @@ def check_labels(labels_N: Tensor, num_labels: int) -> None:
     low, high = int(labels_N.min()), int(labels_N.max())
     if low < 0 or high >= num_labels:
         raise ValueError(
-            f"labels must lie in 0..{num_labels - 1}; got {low}..{high}. Set num_labels to the largest number "
-            "of labels of any client."
+            f"labels must lie in 0..{num_labels - 1}; got {low}..{high}. Set num_labels to the largest "
+            "number of labels of any client."
         )
 
 
@@ -187,7 +187,8 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(EncoderKind):
-            raise ValueError(f"encoder must be one of {', '.join(get_args(EncoderKind))}; got {self.kind!r}.")
+            known = ", ".join(get_args(EncoderKind))
+            raise ValueError(f"encoder must be one of {known}; got {self.kind!r}.")
         if self.num_labels < 1:
             raise ValueError(f"num_labels must be >= 1; got {self.num_labels}. Without labels, use 1.")
         if self.kind != "histogram" and self.dim < 1:

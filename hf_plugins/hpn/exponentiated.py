@@ -53,7 +53,9 @@ class FedEx:
         weights_K = weights_K.double() / weights_K.double().sum()
         advantage_K = losses_K.double() - (weights_K * losses_K.double()).sum()
         theta_A = self.theta_A
-        gradient_A = torch.zeros_like(theta_A).index_add_(0, arms_K, weights_K * advantage_K / theta_A[arms_K])
+        gradient_A = torch.zeros_like(theta_A).index_add_(
+            0, arms_K, weights_K * advantage_K / theta_A[arms_K]
+        )
         largest = float(gradient_A.abs().max())
         if largest > 0:
             step = math.sqrt(2 * math.log(len(theta_A))) / largest

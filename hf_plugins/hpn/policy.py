@@ -114,6 +114,9 @@ class Policy(nn.Module):
     Spectral normalisation bounds what the released network can say, and its heads never move; both are gone.
     """
 
+    centre_E: Tensor
+    scale_E: Tensor
+
     def __init__(self, encodings_KE: Tensor, sizes: Sizes, *, hidden: int = 64) -> None:
         """Args:
         encodings_KE: Encodings of the clients known at the start; their mean and spread standardise inputs.
@@ -131,11 +134,12 @@ class Policy(nn.Module):
         self.trunk = nn.Sequential(
             nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
         )
-        self.heads = nn.ModuleList(nn.Linear(hidden, size or 2) for size in self.sizes)
-        for head in self.heads:
+        heads = [nn.Linear(hidden, size or 2) for size in self.sizes]
+        for head in heads:
             # Start uniform: no choice is preferred before a reward has been seen.
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(heads)
         self.logit_scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, encodings_KE: Tensor) -> Output:
@@ -194,6 +198,8 @@ class ReleasedGaussianPolicy(nn.Module):
     Source: FederatedScope ``autotune/pfedhpo``, behaviour only.
     """
 
+    last_mean_KP: Tensor
+
     def __init__(self, encodings_KE: Tensor, num_params: int, *, hidden: int = 32) -> None:
         """Args:
         encodings_KE: Encodings of the clients.
@@ -231,7 +237,9 @@ def annealed_variance(step: int, num_steps: int) -> float:
     return 2.0 + (0.1 - 2.0) * min(1.0, step / half)
 
 
-def clamped_gaussian(mean_KP: Tensor, variance: float, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def clamped_gaussian(
+    mean_KP: Tensor, variance: float, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Draw as the release does: a Gaussian cut at 0 and 1, with the density of the uncut one.
 
     Returns:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_plugins.hpn.agent import HPN, Trial, make_searcher
+from hf_plugins.hpn.agent import Trial, make_searcher
 from hf_plugins.hpn.client import COUNT, ENCODE, ENCODING, VALUE, check_appliers, job_config
 from hf_plugins.hpn.config import HPNConfig
 from hf_plugins.hpn.gaussian import combined_multiplier, gaussian_epsilon, noise_multiplier_for
@@ -162,7 +162,7 @@ class HPNRun:
             self.anchors.aggregate[engine.round_index + 1] = figures
             return {f"hpn/{self.config.metric}": signed(weighted_mean(figures), self.config.metric)}
 
-        engine = self._engine(
+        engine: RoundEngine = self._engine(
             aggregate=aggregate,
             evaluate=evaluate,
             configure=lambda context, client: default,
@@ -214,9 +214,7 @@ class HPNRun:
         self.anchor()
         searcher = make_searcher(self.space, self.config)
         first = self._resume(searcher)
-        with tqdm(
-            total=self.config.num_steps, initial=first, disable=None if self.progress else True
-        ) as bar:
+        with tqdm(total=self.config.num_steps, initial=first, disable=None if self.progress else True) as bar:
             step = first
             while step < self.config.num_steps and not self._settled(searcher):
                 row = searcher.tell(self.run_step(self.begin(searcher, step)))
@@ -349,7 +347,9 @@ class HPNRun:
         """What a client's data have paid for the search; updates of the model are another matter."""
         c = self.config
         # Each anchor round shows two values of a client, each step of the search one or (released) one more.
-        values = 1 + 2 * c.num_rounds + steps * (2 if c.judged == "aggregate" or c.method == "released" else 1)
+        values = (
+            1 + 2 * c.num_rounds + steps * (2 if c.judged == "aggregate" or c.method == "released" else 1)
+        )
         noise = combined_multiplier([c.reward_noise_multiplier] * values)
         spent = {
             "encoding": gaussian_epsilon(encoding_noise(c), delta=c.delta),
@@ -470,9 +470,7 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("torch", "numpy")}
 
 
-def _proposer(
-    space: Space, config: HPNConfig
-) -> Callable[[int], tuple[Config, Callable[[float], None]]]:
+def _proposer(space: Space, config: HPNConfig) -> Callable[[int], tuple[Config, Callable[[float], None]]]:
     """``propose(number) -> config, report``; the same proposals for the same reports."""
     if config.method == "tpe":
         return _tpe(space, config.seed)
@@ -504,5 +502,3 @@ def _tpe(space: Space, seed: int) -> Callable[[int], tuple[Config, Callable[[flo
         return space.suggest(trial), lambda value: study.tell(trial, max(value, -1e9))
 
     return propose
-
-

@@ -228,9 +228,7 @@ _KEYS = {
 }
 
 
-def space_from(
-    data: Mapping[str, Any], *, grid_size: int = 10, grid_kind: GridKind = "inclusive"
-) -> Space:
+def space_from(data: Mapping[str, Any], *, grid_size: int = 10, grid_kind: GridKind = "inclusive") -> Space:
     """Read a space from plain values.
 
     Three forms are understood: ours (``lr: {type: float, lower: ..., upper: ..., log: true}``),
@@ -261,9 +259,7 @@ def space_from(
 
 def _dimension(entry: Any) -> Dimension:
     if not isinstance(entry, Mapping) or entry.get("type") not in _KINDS:
-        raise ValueError(
-            f"it needs a mapping with a type out of {', '.join(_KINDS)}; got {dict(entry) if isinstance(entry, Mapping) else entry!r}."
-        )
+        raise ValueError(f"it needs a mapping with a type out of {', '.join(_KINDS)}; got {entry!r}.")
     kind = _KINDS[entry["type"]]
     given = {key: value for key, value in entry.items() if key != "type"}
     if "default_value" in given:
@@ -278,7 +274,9 @@ def _dimension(entry: Any) -> Dimension:
     for bound in ("lower", "upper"):
         if not isinstance(given.get(bound), int | float):
             # YAML 1.1 reads 1e-3 as a word.
-            raise ValueError(f"{bound} must be a number; got {given.get(bound)!r}. In YAML write 1.0e-3, not 1e-3.")
+            raise ValueError(
+                f"{bound} must be a number; got {given.get(bound)!r}. In YAML write 1.0e-3, not 1e-3."
+            )
     return (Int if kind == "int" else Float)(**given)
 
 
@@ -287,7 +285,11 @@ def _from_config_space(data: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("forbidden clauses of a ConfigSpace file are not supported; take them out.")
     out: dict[str, Any] = {}
     for entry in data["hyperparameters"]:
-        kept = {key: entry[key] for key in ("type", "lower", "upper", "log", "choices", "default_value") if key in entry}
+        kept = {
+            key: entry[key]
+            for key in ("type", "lower", "upper", "log", "choices", "default_value")
+            if key in entry
+        }
         if entry.get("type") == "constant":
             kept = {"type": "categorical", "choices": [entry["value"]]}
         if entry.get("type") == "ordinal":

@@ -129,7 +129,8 @@ class HPNStrategy(Strategy):
         path = self.folder / "search.json"
         if not path.is_file():
             raise RuntimeError(
-                f"{path} does not exist, so there are no configs to deploy; call start(), which searches first."
+                f"{path} does not exist, so there are no configs to deploy; call start(), which searches "
+                "first."
             )
         configs = json.loads(path.read_text(encoding="utf-8"))["configs"]
         return {int(client): config for client, config in configs.items()}

@@ -139,10 +139,7 @@ class Surrogate:
         """
         candidates = self.candidates(num_candidates, generator)
         scores = torch.stack(
-            [
-                self.predict(torch.full((len(candidates),), k), candidates)
-                for k in range(len(self._client_KC))
-            ]
+            [self.predict(torch.full((len(candidates),), k), candidates) for k in range(len(self._client_KC))]
         )
         return candidates[scores.argmax(dim=1)]
 
@@ -152,7 +149,9 @@ class Surrogate:
         for size in self.sizes:
             total *= size
         if 0 < total <= num_candidates:
-            return torch.cartesian_prod(*(torch.arange(size) for size in self.sizes)).reshape(total, -1).double()
+            return (
+                torch.cartesian_prod(*(torch.arange(size) for size in self.sizes)).reshape(total, -1).double()
+            )
         columns = [
             torch.randint(size, (num_candidates,), generator=generator).double()
             if size
@@ -188,6 +187,8 @@ def normalised_gains(
     for group in torch.unique(group_N):
         mine = group_N == group
         centred = out_N[mine] - out_N[mine].median()
-        spread = max(1.4826 * float(centred.abs().median()), 0.1 * float(centred.square().mean().sqrt()), 1e-8)
+        spread = max(
+            1.4826 * float(centred.abs().median()), 0.1 * float(centred.square().mean().sqrt()), 1e-8
+        )
         out_N[mine] = (centred / spread).clamp(-3, 3)
     return out_N

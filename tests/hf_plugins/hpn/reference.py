@@ -33,9 +33,7 @@ def gaussian_delta(noise_multiplier: float, epsilon: float) -> float:
     return float(excess.sum() * (grid[1] - grid[0]) / (noise_multiplier * math.sqrt(2 * math.pi)))
 
 
-def ridge(
-    features: np.ndarray, clients: np.ndarray, gains: np.ndarray, penalty: float
-) -> np.ndarray:
+def ridge(features: np.ndarray, clients: np.ndarray, gains: np.ndarray, penalty: float) -> np.ndarray:
     """Weights of ridge regression on the outer products, trial by trial, no grouping."""
     design = np.stack([np.outer(f, c).ravel() for f, c in zip(features, clients, strict=True)])
     return np.linalg.solve(design.T @ design + penalty * np.eye(design.shape[1]), design.T @ gains)

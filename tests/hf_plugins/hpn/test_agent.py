@@ -10,7 +10,9 @@ from hf_plugins.hpn.config import HPNConfig
 from hf_plugins.hpn.space import Categorical, Float, Space, When
 
 SIZES = (5, 6, 6)
-SPACE = Space({name: Categorical(choices=tuple(range(size))) for name, size in zip("abc", SIZES, strict=True)})
+SPACE = Space(
+    {name: Categorical(choices=tuple(range(size))) for name, size in zip("abc", SIZES, strict=True)}
+)
 
 
 def _encodings(num: int = 10, seed: int = 0) -> dict[int, torch.Tensor]:
@@ -110,7 +112,9 @@ def _two_phase(start: int, action: float) -> float:
 
 @pytest.mark.parametrize(("anchored", "expected"), [(True, "small"), (False, "large")])
 @pytest.mark.parametrize("surrogate", [True, False])
-def test_starting_along_the_trajectory_removes_the_bias(anchored: bool, expected: str, surrogate: bool) -> None:
+def test_starting_along_the_trajectory_removes_the_bias(
+    anchored: bool, expected: str, surrogate: bool
+) -> None:
     """Dossier: one-round search from scratch picks the large rate, anchored search the right one."""
     space = Space({"rate": Categorical(choices=("small", "large"))})
     searcher = HPN(space, HPNConfig(num_rounds=100, num_steps=150, surrogate=surrogate, learning_rate=0.01))
@@ -133,7 +137,14 @@ def test_one_client_of_a_hundred_and_clients_that_fail(method: str) -> None:
     ids = [3, 4, 5]
     actions = searcher.ask(ids, step=3, generator=torch.Generator().manual_seed(0))
     partial = Trial(
-        step=3, start=0, client_ids=ids, actions_KP=actions, gains={4: 0.1}, weights={4: 9.0}, end=0.6, anchor=0.5
+        step=3,
+        start=0,
+        client_ids=ids,
+        actions_KP=actions,
+        gains={4: 0.1},
+        weights={4: 9.0},
+        end=0.6,
+        anchor=0.5,
     )
     assert searcher.tell(partial)["hpn/participants"] == 1.0
     nobody = Trial(step=4, start=0, client_ids=ids, actions_KP=actions, gains={})
@@ -206,7 +217,10 @@ def test_an_unseen_client_gets_what_similar_clients_get() -> None:
     searcher = HPN(space, HPNConfig(num_rounds=10, num_steps=150))
     kinds = [k % 2 for k in range(8)]
     generator = torch.Generator().manual_seed(0)
-    encodings = {k: torch.tensor([1.0, -1.0]) * (2 * kinds[k] - 1) + 0.1 * torch.randn(2, generator=generator) for k in range(8)}
+    encodings = {
+        k: torch.tensor([1.0, -1.0]) * (2 * kinds[k] - 1) + 0.1 * torch.randn(2, generator=generator)
+        for k in range(8)
+    }
     searcher.enrol(encodings)
     for step in range(150):
         ids = list(range(8))

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hf_plugins.hpn.client import (
-    APPLIERS,
     APPLIED,
+    APPLIERS,
     COUNT,
     ENCODE,
     ENCODING,
@@ -22,10 +22,10 @@ from hf_plugins.hpn.client import (
     register_applier,
     set_dropout_,
 )
+from hf_plugins.hpn.dataset import accuracy, cross_entropy
 from hf_plugins.hpn.embedding import Encoder
 from hf_plugins.hpn.space import Categorical, Space
 from hf_plugins.rounds import ClientFailed, Job, LocalTraining, TorchClient, TrainableVector
-from hf_plugins.hpn.dataset import accuracy, cross_entropy
 from tests.hf_plugins.hpn import tiny
 
 
@@ -72,7 +72,9 @@ class _Deaf(TorchClient):
     """Trains as it likes, as a client with the release's bug does."""
 
     def train(self, weights: TrainableVector, job: Job) -> Any:
-        return super().train(weights, Job(client_id=0, round_index=0, seed=job.seed, config={"learning_rate": 0.5}))
+        return super().train(
+            weights, Job(client_id=0, round_index=0, seed=job.seed, config={"learning_rate": 0.5})
+        )
 
 
 def test_a_value_that_does_not_act_stops_the_run() -> None:

@@ -10,7 +10,12 @@ from hf_plugins.hpn.config import HPNConfig, TaskConfig
 
 def test_defaults_are_valid_and_the_papers_where_it_has_them() -> None:
     config = HPNConfig()
-    assert (config.num_rounds, config.num_steps, config.bandwidth, config.num_features) == (400, 4000, 127.0, 6)
+    assert (config.num_rounds, config.num_steps, config.bandwidth, config.num_features) == (
+        400,
+        4000,
+        127.0,
+        6,
+    )
     assert config.encoding_noise_multiplier == 0.1
     assert TaskConfig().task == "synthetic"
 
@@ -34,7 +39,10 @@ def test_defaults_are_valid_and_the_papers_where_it_has_them() -> None:
         ({"delta": 1.0}, r"delta must lie in \(0, 1\); got 1"),
         ({"num_features": 3}, "num_features must be even and >= 2 with rff; got 3"),
         ({"num_features": 0, "encoder": "frozen-features"}, "num_features must be >= 1; got 0"),
-        ({"method": "fedex", "policy": "beta"}, "method='fedex' searches a grid; it needs policy='categorical'"),
+        (
+            {"method": "fedex", "policy": "beta"},
+            "method='fedex' searches a grid; it needs policy='categorical'",
+        ),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:

@@ -131,7 +131,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         make_federation("nowhere:f", {}, HPNConfig())
     with pytest.raises(ValueError, match="task_args of 'synthetic': .*colour"):
         make_federation("synthetic", {"colour": 1}, HPNConfig())
-    with pytest.raises(FileNotFoundError, match=r"holds no train\*images\*idx\* file .*check folder and split"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no train\*images\*idx\* file .*check folder and split"
+    ):
         read_idx(tmp_path, "train")
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"hello")
     with pytest.raises(ValueError, match="is no IDX file of images: it starts with b'hell'"):

@@ -30,7 +30,10 @@ def test_golden_frequencies_and_features() -> None:
     """Dossier: numpy seed 1234, randn(3, 3072) / sqrt(127); phi of 0.01 everywhere."""
     table = _released()
     torch.testing.assert_close(
-        table[0, :3], torch.tensor([0.04183311, -0.105682, 0.12713219], dtype=torch.float64), atol=5e-9, rtol=0
+        table[0, :3],
+        torch.tensor([0.04183311, -0.105682, 0.12713219], dtype=torch.float64),
+        atol=5e-9,
+        rtol=0,
     )
     assert float(table[-1, -1]) == pytest.approx(-0.028981117, abs=5e-10)
     phi = fourier_features(torch.full((1, 3072), 0.01, dtype=torch.float64), table)[0]
@@ -65,12 +68,16 @@ def test_replacing_one_example_stays_within_sensitivity(num: int, seed: int, kin
 
 
 def test_sensitivity_is_reached() -> None:
-    """One example, one frequency w = 1: phi(0) = (1, 0), phi(pi) = (-1, 0), so the mean moves by 2 = 2 / n."""
+    """One example, frequency 1: phi(0) = (1, 0), phi(pi) = (-1, 0), so the mean moves by 2 = 2 / n."""
     table = torch.ones(1, 1, dtype=torch.float64)
     first, second = fourier_features(torch.tensor([[0.0], [math.pi]], dtype=torch.float64), table)
-    assert float((first - second).norm()) == pytest.approx(Encoder(kind="rff", num_labels=1, dim=1).sensitivity(1))
+    assert float((first - second).norm()) == pytest.approx(
+        Encoder(kind="rff", num_labels=1, dim=1).sensitivity(1)
+    )
     histogram = Encoder(kind="histogram", num_labels=2)
-    moved = histogram.mean(torch.zeros(1), torch.tensor([0])) - histogram.mean(torch.zeros(1), torch.tensor([1]))
+    moved = histogram.mean(torch.zeros(1), torch.tensor([0])) - histogram.mean(
+        torch.zeros(1), torch.tensor([1])
+    )
     assert float(moved.norm()) == pytest.approx(histogram.sensitivity(1))
 
 
@@ -96,7 +103,7 @@ def test_order_of_the_data_changes_nothing() -> None:
 
 
 def test_products_of_features_are_a_gaussian_kernel() -> None:
-    """2,048 frequencies: the estimate's standard deviation is below 1/sqrt(2048) = 0.022 for each of 20 pairs."""
+    """2,048 frequencies: the estimate's standard deviation is below 1/sqrt(2048) = 0.022, for 20 pairs."""
     generator = torch.Generator().manual_seed(0)
     x, y = 3 * torch.randn(20, 16, generator=generator), 3 * torch.randn(20, 16, generator=generator)
     table = _released(16, 4096)

@@ -68,7 +68,7 @@ def _start(recipe: Path, out: Path) -> subprocess.Popen:
 
 
 def test_killed_search_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """SIGKILL in the anchor phase and again in the search; configs, policy and log equal an unbroken run's."""
+    """SIGKILL in the anchor phase and in the search; configs, policy and log equal an unbroken run's."""
     recipe = _recipe(tmp_path, 60)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main(["search", str(recipe), "--output-dir", str(whole)]) == 0

@@ -27,18 +27,22 @@ def _encodings(num: int = 10, seed: int = 0) -> torch.Tensor:
 
 
 def _supervise(policy: torch.nn.Module, encodings: torch.Tensor, targets: torch.Tensor, steps: int) -> list:
-    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.Adam(
+        [p for p in policy.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-4
+    )
     for _ in range(steps):
         loss = -log_probabilities(policy(encodings), targets).sum(dim=1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return [p.gather(1, targets[:, [i]].long())[:, 0] for i, p in enumerate(policy(encodings).probabilities())]
+        return [
+            p.gather(1, targets[:, [i]].long())[:, 0] for i, p in enumerate(policy(encodings).probabilities())
+        ]
 
 
 def test_ours_can_say_anything_and_the_released_one_cannot() -> None:
-    """Dossier: after supervised training towards arbitrary targets p >= 0.9, the released net stays near 1/5."""
+    """Dossier: trained towards arbitrary targets ours reaches p >= 0.9, the released net stays near 1/5."""
     torch.manual_seed(0)
     encodings = _encodings()
     targets = torch.stack([torch.randint(s, (10,)) for s in SIZES], dim=1).double()
@@ -70,7 +74,8 @@ def test_ours_starts_uniform_and_ignores_entries_without_information() -> None:
 
 
 def test_probabilities_by_hand() -> None:
-    """Logits ln 1, ln 3: p = 1/4, 3/4; H = ln 4 - 3/4 ln 3. Beta(2, 1): density 2x, mean 2/3, entropy 1/2 - ln 2."""
+    """Logits ln 1, ln 3: p = 1/4, 3/4; H = ln 4 - 3/4 ln 3. Beta(2, 1): density 2x, mean 2/3, entropy
+    1/2 - ln 2."""
     output = Output([torch.tensor([[0.0, math.log(3)]]), torch.tensor([[2.0, 1.0]])], (2, 0))
     actions = torch.tensor([[1.0, 0.25]], dtype=torch.float64)
     torch.testing.assert_close(
@@ -79,7 +84,9 @@ def test_probabilities_by_hand() -> None:
     torch.testing.assert_close(
         entropies(output), torch.tensor([[math.log(4) - 0.75 * math.log(3), 0.5 - math.log(2)]])
     )
-    torch.testing.assert_close(mode(output), torch.tensor([[1.0, 2 / 3]], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        mode(output), torch.tensor([[1.0, 2 / 3]], dtype=torch.float64), atol=1e-6, rtol=0
+    )
 
 
 def test_samples_follow_the_distribution() -> None:

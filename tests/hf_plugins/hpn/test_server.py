@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from hf_plugins.hpn.agent import HPN, make_searcher
 from hf_plugins.hpn.client import APPLIED, HPNClient
+from hf_plugins.hpn.gaussian import gaussian_epsilon
 from hf_plugins.hpn.server import Federation, HPNRun, signed, summary
 from hf_plugins.hpn.space import Categorical, Space
 from hf_plugins.rounds import ClientFailed, InProcess
@@ -36,7 +38,9 @@ def test_every_method_searches_and_deploys(tmp_path: Path, method: str) -> None:
     assert result["records"] == "test"
     assert 0.3 < result["personal"]["mean"] <= 1.0
     assert result["global"]["bottom_decile"] == min(c["global"] for c in result["clients"].values())
-    assert {"config", "seed", "versions", "hardware"} <= set(json.loads((tmp_path / "deploy.json").read_text()))
+    assert {"config", "seed", "versions", "hardware"} <= set(
+        json.loads((tmp_path / "deploy.json").read_text())
+    )
 
 
 def test_configs_in_force_equal_configs_sent_in_every_round(tmp_path: Path) -> None:
@@ -53,7 +57,9 @@ def test_configs_in_force_equal_configs_sent_in_every_round(tmp_path: Path) -> N
     assert len(seen) == 6
     for plan, updates in seen:
         for client, config in plan.configs.items():
-            applied = {k.removeprefix(APPLIED): v for k, v in updates[client].items() if k.startswith(APPLIED)}
+            applied = {
+                k.removeprefix(APPLIED): v for k, v in updates[client].items() if k.startswith(APPLIED)
+            }
             assert applied == config
 
 
@@ -124,13 +130,15 @@ def test_paired_default_gains_nothing(tmp_path: Path) -> None:
 def test_released_reward_sees_all_clients_and_the_anchor(tmp_path: Path) -> None:
     run = _run(tmp_path, method="released")
     run.anchor()
-    searcher = __import__("hf_plugins.hpn.agent", fromlist=["x"]).make_searcher(tiny.SPACE, run.config)
+    searcher = make_searcher(tiny.SPACE, run.config)
     searcher.enrol(run.encodings())
     plan = run.begin(searcher, 0)
     assert plan.start >= 1
     trial = run.run_step(plan)
     figures = run.anchors.aggregate[plan.start]
-    assert trial.anchor == pytest.approx(sum(v * n for v, n in figures.values()) / sum(n for _, n in figures.values()))
+    assert trial.anchor == pytest.approx(
+        sum(v * n for v, n in figures.values()) / sum(n for _, n in figures.values())
+    )
     assert 0 < trial.end <= 1
 
 
@@ -205,15 +213,13 @@ def test_deployment_is_a_function_of_the_saved_state(tmp_path: Path) -> None:
     second = _run(tmp_path / "c").deploy(found)
     assert first == second
     state = torch.load(tmp_path / "a" / "search.pt")["searcher"]
-    copy = __import__("hf_plugins.hpn.agent", fromlist=["x"]).HPN(tiny.SPACE, tiny.config())
+    copy = HPN(tiny.SPACE, tiny.config())
     copy.load_state_dict(state)
     assert copy.best() == found
 
 
 def test_privacy_of_what_leaves(tmp_path: Path) -> None:
-    """Encoding at epsilon 3. Values: 1 + 2 * 4 + 6 = 15 at multiplier 30 equal one at 30 / sqrt(15) = 7.746."""
-    from hf_plugins.hpn.gaussian import gaussian_epsilon
-
+    """Encoding at epsilon 3. Values: 1 + 2 * 4 + 6 = 15 at multiplier 30 equal one at 30 / sqrt(15)."""
     run = _run(tmp_path, reward_noise_multiplier=30.0)
     run.search()
     privacy = json.loads((tmp_path / "search.json").read_text())["privacy"]
@@ -233,14 +239,19 @@ def test_small_summaries_by_hand() -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
+    config = tiny.config()
+    colour = Space({"colour": Categorical(choices=(1,))})
     with pytest.raises(ValueError, match="no applier for colour"):
-        config = tiny.config()
-        HPNRun(tiny.federation(config), Space({"colour": Categorical(choices=(1,))}), config, tmp_path)
+        HPNRun(tiny.federation(config), colour, config, tmp_path)
     records = tiny.parts(3)
     records[1] = (records[1][0], (torch.zeros(0, 6), torch.zeros(0, dtype=torch.long)), records[1][2])
     config = tiny.config()
-    bare = HPNRun(tiny.federation(config, records=records), tiny.SPACE, config, tmp_path / "x", progress=False)
-    with pytest.raises(ValueError, match=r"clients \[1\] have no validation records.*give\s+each client some"):
+    bare = HPNRun(
+        tiny.federation(config, records=records), tiny.SPACE, config, tmp_path / "x", progress=False
+    )
+    with pytest.raises(
+        ValueError, match=r"clients \[1\] have no validation records.*give\s+each client some"
+    ):
         bare.search()
     _run(tmp_path / "y").search()
     with pytest.raises(ValueError, match="holds a run with other settings .*learning_rate"):

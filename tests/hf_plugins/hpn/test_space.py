@@ -42,7 +42,9 @@ def test_condition_leaves_idle_parameters_out() -> None:
 
 
 def test_defaults() -> None:
-    space = Space({"lr": Categorical(choices=(0.1, 0.2), default=0.2), "wd": Float(lower=0, upper=1, default=0)})
+    space = Space(
+        {"lr": Categorical(choices=(0.1, 0.2), default=0.2), "wd": Float(lower=0, upper=1, default=0)}
+    )
     assert space.default() == {"lr": 0.2, "wd": 0}
 
 
@@ -134,7 +136,9 @@ def test_what_is_refused() -> None:
         Space({})
     with pytest.raises(ValueError, match="grid_size must be >= 2; got 1"):
         Space({"a": Int(lower=0, upper=1)}, grid_size=1)
-    with pytest.raises(ValueError, match="b depends on 'a', which does not stand before it; known here: none"):
+    with pytest.raises(
+        ValueError, match="b depends on 'a', which does not stand before it; known here: none"
+    ):
         Space({"b": Int(lower=0, upper=1, when=When(name="a", values=(1,)))})
     with pytest.raises(ValueError, match=r"default of a must be one of \[1, 2\]; got 3"):
         Space({"a": Categorical(choices=(1, 2), default=3)})

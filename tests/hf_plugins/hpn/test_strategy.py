@@ -57,7 +57,13 @@ def _simulate(folder: Path) -> list[Any]:
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         strategy = HPNStrategy(
-            tiny.model(), tiny.SPACE, _options(), num_clients=NUM_CLIENTS, folder=folder, num_nodes=2, timeout=200
+            tiny.model(),
+            tiny.SPACE,
+            _options(),
+            num_clients=NUM_CLIENTS,
+            folder=folder,
+            num_nodes=2,
+            timeout=200,
         )
         strategy.summary()
         found.append(strategy.start(grid))
@@ -67,7 +73,12 @@ def _simulate(folder: Path) -> list[Any]:
         found.append([dict(m.content.config_records["config"]) for m in messages])
         replies = grid.send_and_receive(messages, timeout=200)
         found.append(strategy.aggregate_train(1, replies))
-        found.append((list(strategy.configure_evaluate(1, arrays, ConfigRecord(), grid)), strategy.aggregate_evaluate(1, [])))
+        found.append(
+            (
+                list(strategy.configure_evaluate(1, arrays, ConfigRecord(), grid)),
+                strategy.aggregate_evaluate(1, []),
+            )
+        )
 
     backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 1}}
     run_simulation(
@@ -102,7 +113,9 @@ def test_simulation_equals_in_process(simulated: tuple[Path, list[Any]], tmp_pat
     assert deployed["clients"] == json.loads((folder / "deploy.json").read_text())["clients"]
     result = found[0]
     assert isinstance(result.arrays, ArrayRecord)
-    assert dict(result.evaluate_metrics_clientapp[2])["global-mean"] == pytest.approx(deployed["global"]["mean"])
+    assert dict(result.evaluate_metrics_clientapp[2])["global-mean"] == pytest.approx(
+        deployed["global"]["mean"]
+    )
 
 
 def test_each_message_carries_its_clients_config(simulated: tuple[Path, list[Any]]) -> None:
@@ -123,9 +136,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
     strategy = HPNStrategy(tiny.model(), tiny.SPACE, tiny.config(), num_clients=2, folder=tmp_path)
     with pytest.raises(ValueError, match="HPNStrategy takes rounds and configs from HPNConfig; leave out"):
         strategy.start(None, num_rounds=99)
-    with pytest.raises(RuntimeError, match=r"so there are no configs to deploy; call start\(\), which searches"):
+    with pytest.raises(
+        RuntimeError, match=r"so there are no configs to deploy; call start\(\), which searches"
+    ):
         strategy.configure_train(1, ArrayRecord(), ConfigRecord(), None)
-    with pytest.raises(RuntimeError, match="round 1 was not configured by this strategy; call configure_train"):
+    with pytest.raises(
+        RuntimeError, match="round 1 was not configured by this strategy; call configure_train"
+    ):
         strategy.aggregate_train(1, [])
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
     with pytest.raises(ValueError, match="the run's config must name a recipe file on this machine"):
@@ -134,9 +151,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_flwr_run_on_a_superlink_with_two_supernodes(tmp_path: Path) -> None:
-    from tests.hf_plugins.dp_fedavg.deployment import ROOT, deployment
-
     from hf_plugins.hpn.__main__ import main
+    from tests.hf_plugins.dp_fedavg.deployment import ROOT, deployment
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE % 3)

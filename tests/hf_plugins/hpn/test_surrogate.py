@@ -13,7 +13,8 @@ def _encodings(num: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_config_features_by_hand() -> None:
-    """Sizes 2 and 3, action (1, 0): (1 | 0 1 | 1 0 0 | 0.2 times their products); a place 0.75 gives 0.5, 0.25, 0.125."""
+    """Sizes 2 and 3, action (1, 0): (1 | 0 1 | 1 0 0 | 0.2 times their products); a place 0.75 gives
+    1, 0.5, 0.25, 0.125."""
     found = config_features(torch.tensor([[1.0, 0.0]]), (2, 3))
     assert found.tolist() == [[1, 0, 1, 1, 0, 0, 0, 0, 0, 0.2, 0, 0]]
     assert config_features(torch.tensor([[0.75]]), (0,)).tolist() == [[1, 0.5, 0.25, 0.125]]
@@ -68,7 +69,7 @@ def test_continuous_optimum() -> None:
     generator = torch.Generator().manual_seed(0)
     clients = torch.arange(2).repeat_interleave(200)
     places = torch.rand(400, 1, generator=generator, dtype=torch.float64)
-    gains = -(places[:, 0] - torch.tensor([0.2, 0.8], dtype=torch.float64)[clients]) ** 2
+    gains = -((places[:, 0] - torch.tensor([0.2, 0.8], dtype=torch.float64)[clients]) ** 2)
     surrogate = Surrogate(_encodings(2), (0,), ridge=1e-6)
     surrogate.fit(clients, places, gains)
     found = surrogate.best(generator=generator)
@@ -92,7 +93,9 @@ def test_normalised_gains_by_hand() -> None:
     found = normalised_gains(gains, clients, starts, 10, 2)
     expected = [-1 / 1.4826, 0, 1 / 1.4826] * 2 + [0]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
-    wild = normalised_gains(torch.tensor([0.0, 0.1, 0.2, -100.0]), torch.zeros(4).long(), torch.zeros(4).long(), 1, 1)
+    wild = normalised_gains(
+        torch.tensor([0.0, 0.1, 0.2, -100.0]), torch.zeros(4).long(), torch.zeros(4).long(), 1, 1
+    )
     assert float(wild[3]) == -3.0
 
 

@@ -48,7 +48,9 @@ def federation(config: HPNConfig, num_clients: int = 4, records: Sequence[Any] |
         list(records or parts(num_clients)),
         loss=cross_entropy,
         measure=accuracy,
-        encoder=make_encoder(config, num_labels=3, public=torch.randn(50, 6, generator=torch.Generator().manual_seed(1))),
+        encoder=make_encoder(
+            config, num_labels=3, public=torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+        ),
         config=config,
         training=LocalTraining(batch_size=8),
     )

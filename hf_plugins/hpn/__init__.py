@@ -4,19 +4,7 @@ from hf_plugins.hpn.agent import HPN
 from hf_plugins.hpn.client import HPNClient
 from hf_plugins.hpn.config import HPNConfig
 from hf_plugins.hpn.dataset import encode_client
-from hf_plugins.hpn.embedding import Encoder
-from hf_plugins.hpn.server import Federation, HPNRun
-from hf_plugins.hpn.space import Categorical, Float, Space
+from hf_plugins.hpn.server import HPNRun
+from hf_plugins.hpn.space import Space, space_from
 
-__all__ = [
-    "HPN",
-    "Categorical",
-    "Encoder",
-    "Federation",
-    "Float",
-    "HPNClient",
-    "HPNConfig",
-    "HPNRun",
-    "Space",
-    "encode_client",
-]
+__all__ = ["HPN", "HPNClient", "HPNConfig", "HPNRun", "Space", "encode_client", "space_from"]

@@ -266,7 +266,8 @@ def _dimension(entry: Any) -> Dimension:
         given["default"] = given.pop("default_value")
     unknown = set(given) - _KEYS[kind]
     if unknown:
-        raise ValueError(f"{kind} takes {', '.join(sorted(_KEYS[kind]))}; got {', '.join(sorted(unknown))}.")
+        may = ", ".join(sorted(_KEYS[kind]))
+        raise ValueError(f"an entry of type {kind} may hold {may}; got {', '.join(sorted(unknown))}.")
     if given.get("when") is not None:
         given["when"] = When(name=given["when"]["name"], values=tuple(given["when"]["values"]))
     if kind == "categorical":

@@ -53,11 +53,11 @@ def _right(found: dict, best: torch.Tensor) -> int:
 
 
 def test_reinforce_finds_personal_optima() -> None:
-    """Dossier: K = 10, 5 x 6 x 6 choices, noisy rewards: at least 9 of 10 within 4,000 steps; here 900."""
-    config = HPNConfig(num_steps=900, num_rounds=100, surrogate=False, encoding_epsilon=None)
+    """Dossier: K = 10, 5 x 6 x 6 choices, noisy rewards: at least 9 of 10 within 4,000 steps; here 600."""
+    config = HPNConfig(num_steps=600, num_rounds=100, surrogate=False, encoding_epsilon=None)
     searcher = HPN(SPACE, config)
     searcher.enrol(_encodings())
-    _drive(searcher, 900, _optima())
+    _drive(searcher, 600, _optima())
     assert _right(searcher.best(), _optima()) >= 9
 
 
@@ -76,10 +76,10 @@ def test_regression_needs_a_third_of_the_steps_and_one_config_falls_behind() -> 
 
 def test_released_policy_is_uniform_after_its_search() -> None:
     """Bug 1 of the release, kept on purpose in this mode: p within 0.2013 for 5 choices."""
-    searcher = ReleasedSearch(SPACE, HPNConfig(method="released", num_steps=300, num_rounds=100))
+    searcher = ReleasedSearch(SPACE, HPNConfig(method="released", num_steps=80, num_rounds=100))
     searcher.enrol(_encodings())
     before = [p.clone() for p in searcher.policy.heads.parameters()]
-    _drive(searcher, 300, _optima())
+    _drive(searcher, 80, _optima())
     probabilities = searcher.output().probabilities()[0]
     assert 0.19 < float(probabilities.min()) <= float(probabilities.max()) < 0.21
     assert all(torch.equal(a, b) for a, b in zip(before, searcher.policy.heads.parameters(), strict=True))
@@ -199,9 +199,9 @@ def test_global_reward_gives_everyone_the_same_advantage() -> None:
 def test_beta_policy_finds_a_place_in_a_range() -> None:
     """Two clients with optima at 0.2 and 0.8 of the range."""
     space = Space({"x": Float(lower=0.0, upper=1.0)})
-    searcher = HPN(space, HPNConfig(policy="beta", num_rounds=10, num_steps=200, entropy_weight=0.1))
+    searcher = HPN(space, HPNConfig(policy="beta", num_rounds=10, num_steps=120, entropy_weight=0.1))
     searcher.enrol(_encodings(2))
-    for step in range(200):
+    for step in range(120):
         generator = torch.Generator().manual_seed(step)
         actions = searcher.ask([0, 1], step=step, generator=generator)
         gains = {k: -float((actions[k, 0] - place) ** 2) for k, place in ((0, 0.2), (1, 0.8))}
@@ -243,8 +243,8 @@ def test_idle_parameters_get_no_gradient() -> None:
     searcher.enrol(_encodings(1))
     actions = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
     searcher.tell(Trial(step=0, start=0, client_ids=[0], actions_KP=actions, gains={0: 1.0}))
-    assert float(searcher.policy.heads[1].bias.abs().max()) == 0.0
-    assert float(searcher.policy.heads[0].bias.abs().max()) > 0.0
+    assert float(searcher.policy.heads[1].bias.detach().abs().max()) == 0.0
+    assert float(searcher.policy.heads[0].bias.detach().abs().max()) > 0.0
 
 
 def test_global_random_state_is_left_alone() -> None:
@@ -258,12 +258,14 @@ def test_what_is_refused() -> None:
     searcher = HPN(SPACE)
     with pytest.raises(ValueError, match="no client has sent an encoding; the search needs at least one"):
         searcher.enrol({})
-    with pytest.raises(ValueError, match=r"encodings must have one length; got \[2, 3\]. Give all clients"):
+    with pytest.raises(ValueError, match=r"encodings must have one length; got .*\[2, 3\]. Give all clients"):
         searcher.enrol({0: torch.zeros(2), 1: torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"the encodings of clients \[1\] hold NaN or infinity; encode them"):
+    with pytest.raises(
+        ValueError, match=r"the encodings of clients .*1.* hold NaN or infinity; encode them again"
+    ):
         searcher.enrol({0: torch.zeros(2), 1: torch.tensor([0.0, math.nan])})
     searcher.enrol({0: torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"clients \[5\] have sent no encoding; enrol them before"):
+    with pytest.raises(ValueError, match=r"clients .*5.* have sent no encoding; enrol them before"):
         searcher.ask([0, 5], step=0, generator=torch.Generator())
-    with pytest.raises(ValueError, match="method='random' does not search step by step; these do: hpn"):
+    with pytest.raises(ValueError, match="method='random'.* does not search step by step; these do: .*hpn"):
         make_searcher(SPACE, HPNConfig(method="random"))

@@ -118,7 +118,7 @@ def test_encoding_is_sent_once_and_the_same() -> None:
     assert torch.equal(vector, client.encoding().vector)
     other = HPNClient(_inner(), encoder=encoder, examples=lambda: train, noise_multiplier=2.0, secret=6)
     assert not torch.equal(vector, other.encoding().vector)
-    with pytest.raises(ClientFailed, match="client 0 was given no encoder and examples"):
+    with pytest.raises(ClientFailed, match="client 0.* was given no encoder and examples"):
         HPNClient(_inner()).encoding()
 
 
@@ -169,7 +169,9 @@ def test_registry() -> None:
     register_applier("hpn_test_only", Applier(lambda seen: seen.num_steps))
     try:
         check_appliers(Space({"hpn_test_only": Categorical(choices=(1,))}))
-        with pytest.raises(ValueError, match="there is an applier for 'hpn_test_only'; choose another name"):
+        with pytest.raises(
+            ValueError, match="there is an applier for .*hpn_test_only.*; choose another name"
+        ):
             register_applier("hpn_test_only", Applier(lambda seen: 0))
     finally:
         del APPLIERS["hpn_test_only"]
@@ -179,13 +181,15 @@ def test_registry() -> None:
 
 def test_what_is_refused() -> None:
     weights = TrainableVector(tiny.model())
-    with pytest.raises(ValueError, match=r"no applier sets hpn.colour on a model; there are dropout"):
+    with pytest.raises(ValueError, match=r"no applier sets .*hpn.colour.* on a model; there are .*dropout"):
         HPNClient(_inner()).train(weights, Job(client_id=0, round_index=0, seed=0, config={"hpn.colour": 1}))
     with pytest.raises(ValueError, match="this model has no dropout to set; take dropout out of the space"):
         set_dropout_(nn.Linear(2, 2), 0.1)
-    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\); got 1.5"):
+    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\); got .*1.5"):
         set_dropout_(tiny.model(), 1.5)
-    with pytest.raises(ValueError, match="metric='f1' is not among what the clients measure: accuracy, loss"):
+    with pytest.raises(
+        ValueError, match="metric='f1'.* is not among what the clients measure: .*accuracy, loss"
+    ):
         HPNClient(_inner(), metric="f1").evaluate(weights, _job({}))
     empty = TorchClient(0, (torch.zeros(0, 6), torch.zeros(0, dtype=torch.long)), loss=cross_entropy)
     with pytest.raises(ClientFailed, match="it took no optimizer step; has it any record?"):

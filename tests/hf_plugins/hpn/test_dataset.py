@@ -44,7 +44,10 @@ def test_datasets_of_hugging_face() -> None:
         table, encoder, noise_multiplier=0.0, generator=_generator(), input_column="x", label_column="y"
     )
     torch.testing.assert_close(found.vector, encoder.mean(x, y), atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="the data set has no column 'pixel_values'; it has x, y. Name them"):
+    with pytest.raises(
+        ValueError,
+        match="the data set has no column .*'pixel_values'; it has x, y.* Name them with input_column",
+    ):
         encode_client(table, encoder, noise_multiplier=0.0, generator=_generator())
 
 
@@ -113,7 +116,7 @@ def test_vectors_of_an_npz(tmp_path: Path) -> None:
     assert len(federation.transport.clients) == 3
     assert federation.transport.clients[0].encoder.num_labels == 3
     np.savez(path, x=rng.normal(size=(60, 5)))
-    with pytest.raises(ValueError, match=r"lacks the arrays labels; it has \['x'\]"):
+    with pytest.raises(ValueError, match=r" lacks the arrays .*labels; it has \['x'\]"):
         make_federation("npz", {"file": str(path)}, HPNConfig())
     with pytest.raises(FileNotFoundError, match="does not exist; write arrays x and labels with numpy.savez"):
         make_federation("npz", {"file": str(tmp_path / "none.npz")}, HPNConfig())
@@ -125,16 +128,18 @@ def test_own_tasks_by_import_path() -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="task must be one of synthetic, images, npz or module:function"):
+    with pytest.raises(
+        ValueError, match="task must be one of .*synthetic, images, npz.* or module:function; got .*cifar"
+    ):
         make_federation("cifar", {}, HPNConfig())
     with pytest.raises(ValueError, match="task='nowhere:f' cannot be imported .*on PYTHONPATH"):
         make_federation("nowhere:f", {}, HPNConfig())
-    with pytest.raises(ValueError, match="task_args of 'synthetic': .*colour"):
+    with pytest.raises(ValueError, match="task_args of .*'synthetic': .*colour"):
         make_federation("synthetic", {"colour": 1}, HPNConfig())
     with pytest.raises(
         FileNotFoundError, match=r"holds no train\*images\*idx\* file .*check folder and split"
     ):
         read_idx(tmp_path, "train")
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"hello")
-    with pytest.raises(ValueError, match="is no IDX file of images: it starts with b'hell'"):
+    with pytest.raises(ValueError, match=" is no IDX file of .*images: it starts with .*b'hell'"):
         read_idx(tmp_path, "train")

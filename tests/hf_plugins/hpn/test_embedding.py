@@ -171,31 +171,33 @@ def test_projected_features_are_short_and_keep_directions() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_features must be even and >= 2; got 3"):
+    with pytest.raises(ValueError, match="num_features must be even and >= 2; got .*3"):
         frequencies(4, 3, bandwidth=1.0, seed=0)
-    with pytest.raises(ValueError, match="bandwidth must be a finite number > 0; got 0"):
+    with pytest.raises(ValueError, match="bandwidth must be a finite number > 0; got .*0"):
         frequencies(4, 2, bandwidth=0.0, seed=0)
-    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.2; got 0\.\.3\. Set num_labels"):
+    with pytest.raises(
+        ValueError, match=r"labels must lie in 0\.\..*2; got 0\.\.3\. .*Set num_labels to the largest"
+    ):
         label_histogram(torch.tensor([0, 3]), 3)
     with pytest.raises(ValueError, match="this client has no example to encode; give it data"):
         label_histogram(torch.tensor([], dtype=torch.long), 3)
-    with pytest.raises(ValueError, match="the median distance needs at least two inputs; got 1"):
+    with pytest.raises(ValueError, match="the median distance needs at least two inputs; got .*1"):
         median_bandwidth(torch.zeros(1, 2), generator=torch.Generator())
     with pytest.raises(ValueError, match="half of the inputs or more are equal; give bandwidth"):
         median_bandwidth(torch.zeros(9, 2), generator=torch.Generator())
-    with pytest.raises(ValueError, match="encoder must be one of rff, rff-median"):
+    with pytest.raises(ValueError, match="encoder must be one of .*rff, rff-median"):
         Encoder(kind="pca", num_labels=2, dim=2)
-    with pytest.raises(ValueError, match="num_labels must be >= 1; got 0. Without labels, use 1"):
+    with pytest.raises(ValueError, match="num_labels must be >= 1; got .*0. Without labels, use 1"):
         Encoder(kind="histogram", num_labels=0)
-    with pytest.raises(ValueError, match="dim must be the number of input dimensions, >= 1; got 0"):
+    with pytest.raises(ValueError, match="dim must be the number of input dimensions, >= 1; got .*0"):
         Encoder(kind="rff", num_labels=2)
     encoder = Encoder(kind="rff", num_labels=2, dim=3)
     labels = torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="inputs have 4 dimensions; the encoder was made for 3"):
+    with pytest.raises(ValueError, match="inputs have 4.* dimensions; the encoder was made for .*3"):
         encoder.mean(torch.zeros(2, 4), labels)
-    with pytest.raises(ValueError, match="inputs and labels must be as many; got 3 and 2"):
+    with pytest.raises(ValueError, match="inputs and labels must be as many; got .*3 and 2"):
         encoder.mean(torch.zeros(3, 3), labels)
     with pytest.raises(ValueError, match="inputs hold NaN or infinity; clean the data"):
         encoder.mean(torch.full((2, 3), math.nan), labels)
-    with pytest.raises(ValueError, match="noise_multiplier must be a finite number >= 0; got -1"):
+    with pytest.raises(ValueError, match="noise_multiplier must be a finite number >= 0; got .*-1"):
         encode(torch.zeros(2, 3), labels, encoder, noise_multiplier=-1.0, generator=torch.Generator())

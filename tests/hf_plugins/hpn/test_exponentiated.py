@@ -49,5 +49,5 @@ def test_finds_the_common_optimum() -> None:
 
 
 def test_needs_two_arms() -> None:
-    with pytest.raises(ValueError, match="FedEx needs at least two configs to choose from; got 1"):
+    with pytest.raises(ValueError, match="FedEx needs at least two configs to choose from; got .*1"):
         FedEx(torch.zeros(1, 2))

@@ -58,7 +58,7 @@ def test_wrong_delta(delta: float) -> None:
 
 
 def test_wrong_multiplier_and_budget() -> None:
-    with pytest.raises(ValueError, match="noise_multiplier must be a finite number >= 0; got -1"):
+    with pytest.raises(ValueError, match="noise_multiplier must be a finite number >= 0; got .*-1"):
         gaussian_epsilon(-1.0, delta=1e-5)
-    with pytest.raises(ValueError, match="epsilon must be a finite number > 0; got inf. Infinity means no"):
+    with pytest.raises(ValueError, match="epsilon must be a finite number > 0; got .*inf. Infinity means no"):
         noise_multiplier_for(math.inf, delta=1e-5)

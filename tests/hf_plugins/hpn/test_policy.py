@@ -46,9 +46,9 @@ def test_ours_can_say_anything_and_the_released_one_cannot() -> None:
     torch.manual_seed(0)
     encodings = _encodings()
     targets = torch.stack([torch.randint(s, (10,)) for s in SIZES], dim=1).double()
-    reached = _supervise(Policy(encodings, SIZES), encodings, targets, 400)
+    reached = _supervise(Policy(encodings, SIZES), encodings, targets, 250)
     assert min(float(p.min()) for p in reached) >= 0.9
-    stuck = _supervise(ReleasedPolicy(encodings, SIZES), encodings, targets, 400)
+    stuck = _supervise(ReleasedPolicy(encodings, SIZES), encodings, targets, 250)
     assert float(stuck[0].max()) <= 0.2013
     assert float(stuck[0].min()) >= 0.199
 
@@ -60,7 +60,7 @@ def test_released_network_has_the_released_size() -> None:
     assert sum(p.numel() for p in policy.heads.parameters()) == 1088
     assert not any(p.requires_grad for p in policy.heads.parameters())
     assert all(p.requires_grad for p in policy.trunk.parameters())
-    start = policy(_encodings()).probabilities()[0]
+    start = policy(_encodings()).probabilities()[0].detach()
     assert 0.1995 < float(start.min()) <= float(start.max()) < 0.2005
 
 

@@ -126,27 +126,33 @@ def test_suggest_speaks_optuna() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="choices is empty; a hyper-parameter needs at least one value"):
         Categorical(choices=())
-    with pytest.raises(ValueError, match=r"choices must differ; got \[1, 1\]"):
+    with pytest.raises(ValueError, match=r"choices must differ; got .*\[1, 1\]"):
         Categorical(choices=(1, 1))
-    with pytest.raises(ValueError, match="lower must be below upper; got lower=2, upper=2"):
+    with pytest.raises(ValueError, match="lower must be below upper; got .*lower=2, upper=2"):
         Float(lower=2, upper=2)
-    with pytest.raises(ValueError, match="log=True needs lower > 0; got lower=0. Raise it"):
+    with pytest.raises(ValueError, match="log=True needs lower > 0; got .*lower=0. Raise it"):
         Float(lower=0, upper=2, log=True)
     with pytest.raises(ValueError, match="the space has no hyper-parameter; name at least one"):
         Space({})
-    with pytest.raises(ValueError, match="grid_size must be >= 2; got 1"):
+    with pytest.raises(ValueError, match="grid_size must be >= 2; got .*1"):
         Space({"a": Int(lower=0, upper=1)}, grid_size=1)
     with pytest.raises(
-        ValueError, match="b depends on 'a', which does not stand before it; known here: none"
+        ValueError, match="b depends on .*'a'.*, which does not stand before it; known here: .*none"
     ):
         Space({"b": Int(lower=0, upper=1, when=When(name="a", values=(1,)))})
-    with pytest.raises(ValueError, match=r"default of a must be one of \[1, 2\]; got 3"):
+    with pytest.raises(ValueError, match=r"default of a.* must be one of .*1, 2.*; got .*3"):
         Space({"a": Categorical(choices=(1, 2), default=3)})
-    with pytest.raises(ValueError, match=r"default of a must lie in 0\.\.1; got 3"):
+    with pytest.raises(ValueError, match=r"default of a.* must lie in .*0\.\.1.*; got .*3"):
         Space({"a": Float(lower=0, upper=1, default=3)})
-    with pytest.raises(ValueError, match="hyper-parameter lr: it needs a mapping with a type out of cate"):
+    with pytest.raises(
+        ValueError, match="hyper-parameter .*lr: .*it needs a mapping with a type out of .*cate"
+    ):
         space_from({"lr": [1, 2]})
-    with pytest.raises(ValueError, match="lr: float takes default, log, lower, upper, when; got step"):
+    with pytest.raises(
+        ValueError, match="an entry of type .*float.* may hold .*default, log, lower, upper, when; got .*step"
+    ):
         space_from({"lr": {"type": "float", "lower": 0, "upper": 1, "step": 2}})
-    with pytest.raises(ValueError, match=r"lr: lower must be a number; got '1e-3'. In YAML write 1.0e-3"):
+    with pytest.raises(
+        ValueError, match=r"lower.* must be a number; got .*'1e-3'.*In YAML write 1.0e-3, not 1e-3"
+    ):
         space_from({"lr": {"type": "float", "lower": "1e-3", "upper": 1}})

@@ -163,7 +163,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ):
         client.round_config(job)
     client.paths["gamma"] = "param_scheduler.gamma"
-    with pytest.raises(ValueError, match="'gamma' belongs at param_scheduler.gamma, but the config has no"):
+    with pytest.raises(
+        ValueError,
+        match="'gamma'.* belongs at .*param_scheduler.gamma, but the config has no .*param_scheduler",
+    ):
         client.round_config(job)
     client.measure = None
     with pytest.raises(ClientFailed, match="client 0 has no validation records"):

@@ -21,7 +21,8 @@ def delta_norm(delta: Sequence[Tensor], *, lead: int = 0) -> Tensor:
     Returns:
         Scalar, or one norm for each client.
     """
-    squares = [tensor.float().square().flatten(lead).sum(-1) for tensor in delta]
+    wide = [t if t.dtype == torch.float64 else t.float() for t in delta]
+    squares = [tensor.square().flatten(lead).sum(-1) for tensor in wide]
     return torch.stack(squares).sum(0).sqrt()
 
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_origin
 
 
 @dataclass(kw_only=True)
@@ -195,11 +196,6 @@ class DPFedAvgConfig:
             wrong.append(f"count_noise_std must be > 0 and needs quantile; got {self.count_noise_std}.")
         return wrong
 
-    @property
-    def keep_gradient(self) -> str:
-        """What LUS needs of local training: ``none``, ``last`` or ``full``."""
-        return self.lus_gradient if self.keep_ratio < 1 and self.lus_score == "utility" else "none"
-
     def delta_for(self, num_clients: int) -> float:
         """Delta of the guarantee with this many users."""
         return self.delta if self.delta is not None else min(0.5, float(num_clients) ** -1.1)
@@ -319,6 +315,12 @@ def _check_keys(options: type, given: Mapping[str, Any], where: str) -> None:
             near = get_close_matches(str(name), list(known), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
             raise ValueError(f"{where} has the unknown key {name!r}; {hint}")
+    for name, value in given.items():
+        if not _fits(value, known[name].type):
+            kind = getattr(known[name].type, "__name__", known[name].type)
+            raise ValueError(
+                f"{where}: {name} takes {kind}; got {value!r}. YAML reads 1e-3 as text: write 1.0e-3."
+            )
     lacking = [
         name
         for name, f in known.items()
@@ -326,6 +328,17 @@ def _check_keys(options: type, given: Mapping[str, Any], where: str) -> None:
     ]
     if lacking:
         raise ValueError(f"{where} lacks {', '.join(lacking)}; every recipe must say so.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a recipe is of an option's type; choices and ranges are checked by the option."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in kind.__args__)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    return isinstance(value, list) if get_origin(kind) is list else kind is not NoneType or value is None
 
 
 def flower_recipe(

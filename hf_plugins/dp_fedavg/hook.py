@@ -44,9 +44,14 @@ def client_options(
         "secure": config.secure,
     }
     return {
-        "keep_gradient": config.keep_gradient,
+        "keep_gradient": gradient_needed(config),
         **{PREFIX + name: value for name, value in options.items()},
     }
+
+
+def gradient_needed(config: DPFedAvgConfig) -> str:
+    """What LUS needs of local training: ``none``, ``last`` or ``full``."""
+    return config.lus_gradient if config.keep_ratio < 1 and config.lus_score == "utility" else "none"
 
 
 def gradient_term(delta: list[Tensor], config: Config, lead: int) -> list[Tensor] | None:

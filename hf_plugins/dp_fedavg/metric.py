@@ -1,6 +1,7 @@
 """Figures of a global model on test records."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,3 +65,57 @@ def accuracy(model: nn.Module, records: tuple[Tensor, ...], *, batch_size: int =
             right += int((logits.argmax(-1) == targets).sum())
             total += targets.numel()
     return {"test/loss": loss / total, "test/accuracy": right / total}
+
+
+def plot_rounds(
+    runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path, *, title: str = ""
+) -> None:
+    """Draw accuracy, epsilon, update norms against S, and the share of users clipped, over rounds.
+
+    Args:
+        runs: For each method the histories of its seeds, as ``metrics.jsonl`` has them.
+        path: Image to write; the ending decides the format.
+        title: Above the picture.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; run: pip install 'mmhf-plugins[report]'") from error
+    panels = {
+        "test/accuracy": "test accuracy",
+        "dp_fedavg/epsilon": "epsilon spent",
+        "dp_fedavg/private/norm_median": "median norm before clipping / S",
+        "dp_fedavg/private/clipped_ratio": "share of users clipped",
+    }
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axis, (name, label) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for method, histories in runs.items():
+            rounds, low, middle, high = _band(histories, name)
+            axis.plot(rounds, middle, label=method)
+            axis.fill_between(rounds, low, high, alpha=0.2)
+        axis.set_xlabel("round")
+        axis.set_title(label)
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}")
+    figure.savefig(part, format=path.suffix.lstrip(".") or "png", dpi=100)
+    part.replace(path)
+
+
+def _band(
+    histories: Sequence[Sequence[Mapping[str, Any]]], name: str
+) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Rounds at which every seed has the figure; smallest, mean and largest over the seeds."""
+    series = [{int(row["round"]): _value(row, name) for row in h if name in row} for h in histories]
+    rounds = sorted(set.intersection(*(set(s) for s in series))) if series else []
+    columns = [[s[r] for s in series] for r in rounds]
+    return rounds, [min(c) for c in columns], [sum(c) / len(c) for c in columns], [max(c) for c in columns]
+
+
+def _value(row: Mapping[str, Any], name: str) -> float:
+    scale = row["dp_fedavg/clipping_norm"] if name.endswith("norm_median") else 1.0
+    return float(row[name]) / scale

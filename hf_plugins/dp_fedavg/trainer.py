@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hf_plugins.accounting import Ledger, Release, noise_multiplier_for
+from hf_plugins.accounting import AccountantName, Ledger, Release, noise_multiplier_for
 from hf_plugins.dp_fedavg.aggregation import (
     RunningSum,
     next_clipping_norm,
@@ -33,6 +33,7 @@ from hf_plugins.rounds import (
     Aggregate,
     Client,
     Config,
+    GroupedInProcess,
     InProcess,
     LazyClients,
     LocalTraining,
@@ -82,6 +83,8 @@ class PrivateMean:
             if config.noise_multiplier is not None
             else noise_multiplier_for(target_epsilon=config.target_epsilon or 0.0, **self._mode(num_rounds))
         )
+        # PLD needs minutes and gigabytes for so little noise; RDP is an upper bound as well, and loose.
+        self.accountant: AccountantName = "rdp" if 0 < self.noise_multiplier < 0.3 else "auto"
         self.clipping_norm = config.clipping_norm
         self.count_noise_std = config.count_noise_std or self.expected_users / 20
         self.update_multiplier = (
@@ -216,7 +219,7 @@ class PrivateMean:
 
     def epsilon(self) -> float:
         """Epsilon of all rounds so far; infinite without noise."""
-        return self.ledger.epsilon(delta=self.delta)
+        return self.ledger.epsilon(delta=self.delta, accountant=self.accountant)
 
     def state_dict(self) -> dict[str, Any]:
         """Ledger and clipping norm, for a checkpoint."""
@@ -232,6 +235,7 @@ class PrivateMean:
         return {
             "epsilon": finite(self.epsilon()),
             "delta": self.delta,
+            "accountant": "rdp" if self.accountant == "rdp" or self.config.sampling == "fixed" else "pld",
             "unit": "user",
             "sampling": self.config.sampling,
             "neighbours": "add or remove one user"
@@ -321,6 +325,7 @@ def private_engine(
     evaluate: Callable[[Tensor], dict[str, float]] | None = None,
     folder: Path | str | None = None,
     transport: Transport | None = None,
+    group_size: int = 1,
     **engine: Any,
 ) -> RoundEngine:
     """A round engine with user-level DP: ``private_engine(...).run(num_rounds)``.
@@ -332,6 +337,7 @@ def private_engine(
         num_rounds: Rounds that the budget is planned for.
         evaluate: Figures of a global model, or None.
         folder: Checkpoints and metrics; needed where ``dp.seed`` is None and the run shall resume.
+        group_size: Clients trained side by side in this process; see `hf_plugins.rounds.GroupedInProcess`.
         transport: Instead of one process: the way to clients elsewhere.
         **engine: More arguments of `hf_plugins.rounds.RoundEngine`.
 
@@ -355,8 +361,16 @@ def private_engine(
         figures = evaluate(vector_D) if evaluate else {}
         return {**figures, "dp_fedavg/epsilon": finite(private.epsilon())}
 
+    if transport is None:
+        finish = FinishUpdate(weights.sizes)
+        grouped = group_size > 1
+        transport = (
+            GroupedInProcess(model, clients, group_size=group_size, finish=finish)
+            if grouped
+            else InProcess(model, clients, finish=finish)
+        )
     return RoundEngine(
-        transport or InProcess(model, clients, finish=FinishUpdate(weights.sizes)),
+        transport,
         weights.read(),
         aggregate=private,
         sampling=private.sampling(),
@@ -381,6 +395,7 @@ def recipe_engine(task: Task, run: RunConfig, dp: DPFedAvgConfig, **engine: Any)
         evaluate=task.evaluate,
         evaluate_every=run.evaluate_every,
         folder=run.output_dir,
+        group_size=run.group_size,
         **engine,
     )
 

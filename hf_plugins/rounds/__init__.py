@@ -39,7 +39,8 @@ part                  what it is
                       at a time
 `GradientTerm`        a method's addition to each local gradient (proximal term, BLUR)
 `Finish`              a method's last touch on an update before it leaves its client (sparsify, clip)
-`Transport`           the way to the clients: `InProcess`, or Flower's grid (`hf_plugins.rounds.flower`)
+`Transport`           the way to the clients: `InProcess`, `GroupedInProcess` (many small clients side by
+                      side), or Flower's grid (`hf_plugins.rounds.flower`)
 `RoundEngine`         ``run(n)``; ``step(start, round)``: one round from any model that changes no state
                       of the engine (for searches: ``configure``, a chosen ``cohort``, same draws again);
                       ``evaluate_clients(vector)``; ``save() resume()``
@@ -77,6 +78,7 @@ from hf_plugins.rounds.update import (
     weighted_average,
 )
 from hf_plugins.rounds.vector import TrainableVector
+from hf_plugins.rounds.vectorised import GroupedInProcess
 
 if TYPE_CHECKING:
     from hf_plugins.rounds.trainer_client import TrainerClient
@@ -91,6 +93,7 @@ __all__ = [
     "Dropped",
     "Finish",
     "GradientTerm",
+    "GroupedInProcess",
     "InProcess",
     "Job",
     "LazyClients",

@@ -102,6 +102,13 @@ class LocalTraining:
                     f"config key {name!r} is no option of local training; it has {', '.join(known)}."
                     + (f" Did you mean {near[0]!r}?" if near else "")
                 )
+            default = getattr(LocalTraining, name)
+            fits = isinstance(own[name], str if isinstance(default, str) else int | float)
+            if not fits or (isinstance(default, int) and not isinstance(own[name], int)):
+                raise ValueError(
+                    f"config key {name!r} needs a value like {default!r}; got {own[name]!r}. "
+                    "YAML reads 1e-3 as text: write 1.0e-3."
+                )
         return replace(self, **own)  # type: ignore[arg-type]
 
 

@@ -38,7 +38,7 @@ class Layout:
             )
         lead = vector_D.shape[:-1]
         parts = vector_D.split(self.sizes, dim=-1)
-        return [part.reshape(*lead, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.reshape((*lead, *shape)) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def named(self, vector_D: Tensor) -> dict[str, Tensor]:
         """The vector as ``{parameter name: tensor}``; views."""

@@ -1,0 +1,50 @@
+"""Files of a run: whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_plugins.rounds.storage import (
+    check_same_settings,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+    write_metrics,
+)
+
+
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path / "run", {"vector": torch.arange(3.0), "history": [{"a": 1.5}]})
+    state = load_checkpoint(tmp_path / "run")
+    assert state is not None
+    assert state["vector"].tolist() == [0, 1, 2]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint.pt"]
+
+
+def test_half_written_file_is_ignored(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"round_index": 1})
+    (tmp_path / "checkpoint.pt.part").write_bytes(b"half")
+    state = load_checkpoint(tmp_path)
+    assert state is not None
+    assert state["round_index"] == 1
+
+
+def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
+    torch.save({"version": 99}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="; take the suite that wrote it, or another folder"):
+        load_checkpoint(tmp_path)
+
+
+def test_settings_must_agree(tmp_path: Path) -> None:
+    check_same_settings({"a": (1, 2)}, {"a": [1, 2]}, tmp_path)
+    with pytest.raises(ValueError, match="give the new run a folder of its own"):
+        check_same_settings({"a": 1}, {"a": 2, "b": 0}, tmp_path)
+
+
+def test_metrics_and_plain_files(tmp_path: Path) -> None:
+    write_metrics(tmp_path, [{"round": 1}, {"round": 2}])
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"round": 1}\n{"round": 2}\n'
+    write_atomically(tmp_path / "deep" / "x", b"1")
+    assert (tmp_path / "deep" / "x").read_bytes() == b"1"

@@ -282,6 +282,9 @@ class HPNClient:
         inner_job = replace(job, config={k: v for k, v in job.config.items() if not k.startswith(PREFIX)})
         with self._applied(weights.model, own), observe(weights.model, self._epoch()) as seen:
             update = self.inner.train(weights, inner_job)
+        if self.reward_noise_multiplier:
+            # The training loss is a function of the records that no noise covers.
+            update.metrics = {}
         update.metrics |= verified(job.config, seen, self.appliers)
         if torch.isfinite(update.vector_D).all():
             with contextlib.suppress(ClientFailed):

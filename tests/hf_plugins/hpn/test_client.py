@@ -136,6 +136,14 @@ def test_noise_on_values_has_the_stated_size_and_never_repeats() -> None:
     assert client.evaluate(weights, _job({})) == client.evaluate(weights, _job({}))
 
 
+def test_with_noise_nothing_leaves_without_it() -> None:
+    """The training loss stays at home; only configs in force and the noisy figure are sent."""
+    weights = TrainableVector(tiny.model())
+    sent = HPNClient(_inner(), reward_noise_multiplier=1.0).train(weights, _job({"learning_rate": 0.1}))
+    assert set(sent.metrics) == {APPLIED + "learning_rate", VALUE, COUNT}
+    assert "loss" in HPNClient(_inner()).train(weights, _job({})).metrics
+
+
 def test_observation_sees_only_its_own_model() -> None:
     model, other = tiny.model(), nn.Linear(2, 2)
     with observe(model) as seen:

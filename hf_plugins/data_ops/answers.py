@@ -1,4 +1,4 @@
-"""Answers of language models, checked against a schema: parsed strictly, repaired once, or marked unparsed."""
+"""Answers of language models, checked against a schema: parsed strictly, repaired once, or unparsed."""
 
 import json
 import re
@@ -31,7 +31,7 @@ class Field:
         """The value, or an error that names what is wrong."""
         if value is None and self.nullable:
             return None
-        kinds = {"integer": int, "number": int | float, "string": str, "boolean": bool}
+        kinds: dict[str, Any] = {"integer": int, "number": int | float, "string": str, "boolean": bool}
         if isinstance(value, float) and self.kind == "integer" and value.is_integer():
             value = int(value)
         if not isinstance(value, kinds[self.kind]) or (isinstance(value, bool) and self.kind != "boolean"):

@@ -1,6 +1,7 @@
 """Language models behind one small client: a server, a local model, a script; a cache and a budget around."""
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -181,7 +182,8 @@ class OpenAIChat(ChatClient):
                 # Refused, reset, timed out; or no JSON, no completion.
                 problem = f"{type(error).__name__}: {error}"
         raise ChatError(
-            f"{self.url} gave no usable answer in {self.retries + 1} tries; last: {problem[:300]}. Check that the server "
+            f"{self.url} gave no usable answer in {self.retries + 1} tries; last: {problem[:300]}. Check "
+            "that the server "
             "runs and raise timeout or retries if it is only slow; answers so far are kept by CachedChat."
         )
 
@@ -195,7 +197,7 @@ class OpenAIChat(ChatClient):
                 return response.read()
         except (TimeoutError, ConnectionError) as error:
             raise OSError(str(error) or type(error).__name__) from error
-        except _HTTP_FAULTS as error:
+        except http.client.HTTPException as error:
             raise OSError(f"the connection broke off: {type(error).__name__}") from error
 
     def complete_many(
@@ -232,11 +234,6 @@ class OpenAIChat(ChatClient):
         if failure is not None:
             raise failure
         return [answers or [] for answers in found]
-
-
-import http.client  # noqa: E402
-
-_HTTP_FAULTS = (http.client.HTTPException,)
 
 
 def _answers(data: bytes, n: int) -> list[str]:
@@ -383,9 +380,12 @@ class CachedChat(ChatClient):
         try:
             db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             db.execute("PRAGMA journal_mode=WAL")
+            # Survives SIGKILL; a power cut may cost the last answers, never the file.
+            db.execute("PRAGMA synchronous=NORMAL")
         except sqlite3.DatabaseError as error:
             raise ChatError(
-                f"{self.path} is no usable cache ({error}); move it away to start a new one, or free disk space."
+                f"{self.path} is no usable cache ({error}); move it away to start a new one, or free disk "
+                "space."
             ) from error
         return db
 
@@ -436,7 +436,8 @@ class CachedChat(ChatClient):
                         db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (asked[index], text))
                     except sqlite3.Error as error:
                         raise ChatError(
-                            f"{self.path} cannot take an answer ({error}); free disk space and run again: what "
+                            f"{self.path} cannot take an answer ({error}); free disk space and run again: "
+                            "what "
                             "is stored will not be asked anew."
                         ) from error
                 done += 1
@@ -447,8 +448,10 @@ class CachedChat(ChatClient):
                 self.client.complete_many([ask[key] for key in asked], sampling=sampling, on_answer=keep)
             if within < len(ask):
                 raise BudgetExceeded(
-                    f"{len(ask) - within} questions are left and the budget is used up (max_calls={self.max_calls}, "
-                    f"max_tokens={self.max_tokens}); raise it and run again, answers so far are in {self.path}."
+                    f"{len(ask) - within} questions are left and the budget is used up "
+                    f"(max_calls={self.max_calls}, "
+                    f"max_tokens={self.max_tokens}); raise it and run again, answers so far are in "
+                    f"{self.path}."
                 )
         finally:
             db.close()

@@ -66,7 +66,8 @@ class DecontaminationFilter(DataOp):
                         short.setdefault(count, {})[" ".join(plain_words(text))] = Path(path).name
             if not used:
                 raise ValueError(
-                    f"{self.name}: {path} has no text under {', '.join(self.eval_keys)}; set eval_keys to its columns."
+                    f"{self.name}: {path} has no text under {', '.join(self.eval_keys)}; set eval_keys to "
+                    "its columns."
                 )
         return whole, short
 

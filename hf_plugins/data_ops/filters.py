@@ -167,7 +167,8 @@ class WordsNumFilter(RangeFilter):
         super().__post_init__()
         if self.tokenization not in TOKENIZATIONS:
             raise ValueError(
-                f"{self.name}: tokenization must be one of {', '.join(TOKENIZATIONS)}; got {self.tokenization!r}."
+                f"{self.name}: tokenization must be one of {', '.join(TOKENIZATIONS)}; got "
+                f"{self.tokenization!r}."
             )
 
     def bounds(self) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Operators that ask a language model: score, optimise, write new rows; every call goes through a `ChatClient`."""
+"""Operators that ask a language model: score, optimise, write new rows."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -129,11 +129,11 @@ def within(before: str, after: str, tolerance: float) -> bool:
 @register
 @dataclass(frozen=True, kw_only=True)
 class OptimizeQaMapper(DataOp):
-    """Lets a language model rewrite pairs that have a defect; a rewrite that breaks the length rule is not taken.
+    """Lets a language model rewrite pairs that have a defect; a rewrite of another length is not taken.
 
     ``optimize_scope="survivors"`` asks about every row (the paper's literal order: after scoring);
-    ``"band"`` asks only about rows with ``band[0] <= llm_quality_score < band[1]``, scores the rewrite again and
-    drops what stays below ``band[1]``.
+    ``"band"`` asks only about rows with ``band[0] <= llm_quality_score < band[1]``, scores the rewrite again
+    and drops what stays below ``band[1]``.
     """
 
     name: ClassVar[str] = "optimize_qa_mapper"
@@ -258,7 +258,8 @@ class _FromExamples(DataOp):
         check_lang(self.name, self.lang)
         if self.num_rows < 0 or self.example_num < 1:
             raise ValueError(
-                f"{self.name}: num_rows must be >= 0 and example_num >= 1; got {self.num_rows}, {self.example_num}."
+                f"{self.name}: num_rows must be >= 0 and example_num >= 1; got {self.num_rows}, "
+                f"{self.example_num}."
             )
 
     def draw(self, dataset: Dataset, usable: list[int]) -> list[list[int]]:
@@ -269,7 +270,8 @@ class _FromExamples(DataOp):
         """
         if self.num_rows and len(usable) < self.example_num:
             raise ValueError(
-                f"{self.name}: {len(usable)} rows can serve as examples and example_num={self.example_num} are needed; "
+                f"{self.name}: {len(usable)} rows can serve as examples and example_num={self.example_num} "
+                "are needed; "
                 "lower example_num or give more rows."
             )
         generator = random.Random(self.seed)
@@ -334,7 +336,7 @@ class GenerateQaFromExamplesMapper(_FromExamples):
 @register
 @dataclass(frozen=True, kw_only=True)
 class GenerateTextFromExamplesMapper(_FromExamples):
-    """Adds passages of textbook style written in the manner of existing texts (the paper's CPT augmentation)."""
+    """Adds textbook passages written in the manner of existing texts (the paper's CPT augmentation)."""
 
     name: ClassVar[str] = "generate_text_from_examples_mapper"
     text_key: str = "text"

@@ -1,4 +1,4 @@
-"""Near-duplicates by MinHash: signatures by rensa, bands by the optimal split, candidates checked exactly."""
+"""Near-duplicates by MinHash: signatures by rensa, candidates by bands, each checked exactly."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,21 +35,17 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 
 
 @cache
-def optimal_bands(threshold: float, num_permutations: int) -> tuple[int, int]:
-    """Bands b and rows r with b * r <= permutations that err least around a threshold.
+def bands_for(threshold: float, num_permutations: int, recall: float = 0.999) -> tuple[int, int]:
+    """Bands b and rows r, b * r <= permutations, that propose a pair at the threshold with this recall.
 
-    A pair of Jaccard s shares a band with probability ``1 - (1 - s^r)^b``; the sum of the areas of false
-    positives (below the threshold) and false negatives (above) is least.
+    A pair of Jaccard s shares a band with probability ``1 - (1 - s^r)^b``. Candidates are checked exactly, so
+    false ones cost time and missed ones are lost: r is the largest that keeps the recall (else 1).
     """
-    s = (np.arange(400) + 0.5) / 400
-    below = s < threshold
-    best = (np.inf, 1, num_permutations)
-    for bands in range(1, num_permutations + 1):
-        for rows in range(1, num_permutations // bands + 1):
-            hit = 1 - (1 - s**rows) ** bands
-            error = float(np.where(below, hit, 1 - hit).mean())
-            best = min(best, (error, bands, rows))
-    return best[1], best[2]
+    for rows in range(num_permutations, 1, -1):
+        bands = num_permutations // rows
+        if 1 - (1 - threshold**rows) ** bands >= recall:
+            return bands, rows
+    return num_permutations, 1
 
 
 def signatures(sets: Sequence[frozenset[str]], *, num_permutations: int = 128, seed: int = 0) -> np.ndarray:
@@ -116,7 +112,7 @@ class DocumentMinhashDeduplicator(DataOp):
         bands, rows = (
             (self.num_bands, self.num_rows_per_band)
             if self.num_bands and self.num_rows_per_band
-            else optimal_bands(self.jaccard_threshold, self.num_permutations)
+            else bands_for(self.jaccard_threshold, self.num_permutations)
         )
         buckets: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in range(bands)]
         kept: dict[int, frozenset[str]] = {}

@@ -264,7 +264,8 @@ def register(cls: _Op) -> _Op:
     taken = _OPS.get(cls.name)
     if taken is not None and taken.__qualname__ != cls.__qualname__:
         raise ValueError(
-            f"the operator name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another."
+            f"the operator name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose "
+            "another."
         )
     _OPS[cls.name] = cls
     return cls

@@ -85,7 +85,8 @@ class PerplexityFilter(DataOp):
     """Drops texts whose perplexity under a causal model is above ``max_ppl`` or among the highest share.
 
     Data-Juicer measures with a KenLM model, here any Hugging Face causal model does; the scales differ, so
-    ``max_ratio`` (drop this share of rows, the strangest) carries over between models and ``max_ppl`` does not.
+    ``max_ratio`` (drop this share of rows, the strangest) carries over between models and ``max_ppl`` does
+    not.
     """
 
     name: ClassVar[str] = "perplexity_filter"

@@ -1,4 +1,4 @@
-"""Preference pairs: sample responses, vote for best and worst, remove noise by an ensemble of reward models."""
+"""Preference pairs: sample responses, vote, remove noise by an ensemble of reward models."""
 
 import random
 from collections import Counter
@@ -76,7 +76,8 @@ def ensemble_distance(margins_RN: np.ndarray) -> np.ndarray:
     empty = np.isnan(margins).all(axis=1)
     if empty.any() or np.isinf(margins).any():
         raise ValueError(
-            f"{int(empty.sum())} pairs have no margin and {int(np.isinf(margins).sum())} margins are infinite; "
+            f"{int(empty.sum())} pairs have no margin and {int(np.isinf(margins).sum())} margins are "
+            "infinite; "
             "score every pair with at least one reward model before denoising."
         )
     return np.nanmean(margins, axis=1)
@@ -207,7 +208,9 @@ class PreferenceVoteMapper(DataOp):
                 votes[index].append((order[value["best"] - 1], order[value["worst"] - 1]))
         verdicts = [tally(v, len(r)) for v, r in zip(votes, responses, strict=True)]
         for name, place in (("chosen", 0), ("rejected", 1)):
-            texts = [None if v is None else r[v[place]] for v, r in zip(verdicts, responses, strict=True)]
+            texts = [
+                None if v is None else r[int(v[place])] for v, r in zip(verdicts, responses, strict=True)
+            ]
             dataset = set_column(dataset, name, texts, Value("string"))
         reasons = [None if verdict else "no best and worst that differ" for verdict in verdicts]
         return select_rows(dataset, reasons, context, self.name)
@@ -219,8 +222,8 @@ class PreferenceDenoiseFilter(DataOp):
     """Removes the pairs with the smallest and the largest ensemble distance (rank based).
 
     ``action`` says what happens to the smallest, which are probably flipped: ``drop`` (the paper), ``flip``
-    (swap chosen and rejected where the distance is negative, drop the others), ``label_smooth`` (keep them, with the
-    share ``smoothing`` in the column ``label_smoothing``). The largest are always dropped.
+    (swap chosen and rejected where the distance is negative, drop the others), ``label_smooth`` (keep them,
+    with the share ``smoothing`` in the column ``label_smoothing``). The largest are always dropped.
     """
 
     name: ClassVar[str] = "preference_denoise_filter"
@@ -240,7 +243,8 @@ class PreferenceDenoiseFilter(DataOp):
             raise ValueError(f"{self.name}: action must be drop, flip or label_smooth; got {self.action!r}.")
         if not 0 < self.smoothing <= 0.5:
             raise ValueError(
-                f"{self.name}: smoothing must lie in (0, 0.5]; got {self.smoothing}. 0.5 says nothing is known."
+                f"{self.name}: smoothing must lie in (0, 0.5]; got {self.smoothing}. 0.5 says nothing is "
+                "known."
             )
 
     def columns(self) -> tuple[str, ...]:

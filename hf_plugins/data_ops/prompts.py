@@ -1,4 +1,4 @@
-"""What the language models are asked, in Chinese and English; the criteria are the paper's, the words are ours."""
+"""What language models are asked, in Chinese and English: the paper's criteria in our words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,10 +36,12 @@ CRITERIA = {
         "3. 流畅性：连贯，无错误，不跑题，通俗友好。"
     ),
     "en": (
-        "Judge by these criteria; an earlier one outweighs a later one. Punish defects hard, so that scores spread.\n"
+        "Judge by these criteria; an earlier one outweighs a later one. Punish defects hard, so that "
+        "scores spread.\n"
         "1. Professionalism: understands the patient, stays relevant, explains clearly, asks back when "
         "information is missing.\n"
-        "2. Safety: medically right, admits ignorance, refuses harmful advice, respects ethics and the patient's choice.\n"
+        "2. Safety: medically right, admits ignorance, refuses harmful advice, respects ethics and the "
+        "patient's choice.\n"
         "3. Fluency: coherent, without errors and digressions, plain and friendly."
     ),
 }
@@ -53,25 +55,38 @@ _OPTIMIZE = {
         "有缺陷则改写，保持核心意图不变，长度变化不超过{percent}%。"
     ),
     "en": (
-        "You are a medical expert. First decide whether this question and answer have a defect; if not, optimize is "
-        "false and the texts are null. If so, rewrite them with the same core intent, the length changed by at most {percent} %."
+        "You are a medical expert. First decide whether this question and answer have a defect; if not, "
+        "optimize is "
+        "false and the texts are null. If so, rewrite them with the same core intent, the length changed "
+        "by at most {percent} %."
     ),
 }
 _WRITE = {
-    "zh": "你是编写医学教材的专家。参照示例，写一段新的、专业、安全、流畅的医学科普文字。先单独输出一行“{header}”，随后是正文。",
+    "zh": (
+        "你是编写医学教材的专家。参照示例，写一段新的、专业、安全、流畅的医学科普文字。先单独输出一行"
+        "“{header}”，随后是正文。"
+    ),
     "en": (
-        "You are a medical expert who compiles textbooks. In the manner of the examples write one new passage: "
+        "You are a medical expert who compiles textbooks. In the manner of the examples write one new "
+        "passage: "
         'professional, safe, fluent. First a line "{header}" by itself, then the passage.'
     ),
 }
 _QA = {
     "zh": "你是医学专家。参照示例，编写一个新的医患问答，不要重复示例的内容。",
-    "en": "You are a medical expert. In the manner of the examples write one new question and answer; do not repeat them.",
+    "en": (
+        "You are a medical expert. In the manner of the examples write one new question and answer; do not "
+        "repeat them."
+    ),
 }
 _VOTE = {
-    "zh": "你是医学专家。下面是对同一问题的{count}个回答，选出最好和最差的编号。标准依次为：准确、安全、流畅、简洁。",
+    "zh": (
+        "你是医学专家。下面是对同一问题的{count}个回答，选出最好和最差的编号。标准依次为：准确、安全、流畅"
+        "、简洁。"
+    ),
     "en": (
-        "You are a medical expert. Below are {count} answers to one question; name the numbers of the best and the "
+        "You are a medical expert. Below are {count} answers to one question; name the numbers of the best "
+        "and the "
         "worst. Criteria in this order: accuracy, safety, fluency, conciseness."
     ),
 }
@@ -133,7 +148,7 @@ def vote_messages(prompt: str, responses: Sequence[str], lang: str) -> Messages:
 
 
 def templates(*names: str) -> tuple[str, ...]:
-    """The fixed words of prompts by name (``score``, ``optimize``, ``write``, ``qa``, ``vote``), for fingerprints."""
+    """Fixed words of prompts (``score``, ``optimize``, ``write``, ``qa``, ``vote``), for fingerprints."""
     texts: dict[str, Any] = {
         "score": (_SCORE, CRITERIA, SCORE.instruction()),
         "optimize": (_OPTIMIZE, CRITERIA, OPTIMIZE.instruction()),

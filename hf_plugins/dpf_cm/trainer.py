@@ -50,7 +50,6 @@ _COMMON: dict[str, Any] = {
     "logging_steps": 10,
     "save_total_limit": 1,
     "report_to": "none",
-    "disable_tqdm": True,
 }
 
 

@@ -669,7 +669,9 @@ class PrivacyPreservingVectorDB:
             Match(self._rows.ids[place], int(self._rows.slots[place]), cosine)
             if cosine > self.threshold
             else None
-            for cosine, place in zip(cosines.tolist(), self._places[places.cpu()].tolist(), strict=True)
+            for cosine, place in zip(
+                cosines.tolist(), self._places[places.cpu().numpy()].tolist(), strict=True
+            )
         ]
 
     def match(self, prompts: Sequence[str]) -> list[Match | None]:

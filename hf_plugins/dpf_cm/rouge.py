@@ -33,9 +33,9 @@ class RunningLCS:
         return self.size - self._row.bit_count()
 
     def reachable(self) -> float:
-        """Highest ROUGE-L that any continuation can still reach: ``2|a| / (2|a| + t - LCS_t)``.
+        """ROUGE-L that no continuation can exceed: ``2|a| / (2|a| + t - LCS_t)``.
 
-        The best continuation adds the ``|a| - LCS_t`` missing tokens and nothing else.
+        At best the ``|a| - LCS_t`` missing tokens follow and nothing else.
         """
         return 2 * self.size / (2 * self.size + self.num_tokens - self.length) if self.size else 0.0
 

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,18 +73,26 @@ def check_rows(rows: Rows, width: int | None) -> None:
         raise ValueError("every row needs an id that is not empty; forget() finds it by that.")
 
 
+def _checked_query(query: np.ndarray, width: int) -> tuple[np.ndarray, float]:
+    q = np.asarray(query, np.float64)
+    # A store without rows has no width yet.
+    if q.ndim != 1 or (width and q.shape[0] != width):
+        raise ValueError(f"a query must be one vector of {width or 'some'} entries; got shape {q.shape}.")
+    norm = float(np.linalg.norm(q))
+    if not np.isfinite(norm) or norm < 1e-12:
+        raise ValueError("a query must be finite and not zero; pool over at least one content token.")
+    return q, norm
+
+
 def exact_hits(vectors: np.ndarray, query: np.ndarray, threshold: float) -> np.ndarray:
     """Indices of vectors whose cosine with the query is at least the threshold, decided in float64.
 
     Raises:
         ValueError: If the query is not finite, zero, or of another width.
     """
-    q = np.asarray(query, np.float64)
-    if q.ndim != 1 or (len(vectors) and q.shape[0] != vectors.shape[1]):
-        raise ValueError(f"a query must be one vector of {vectors.shape[1]} entries; got shape {q.shape}.")
-    norm = np.linalg.norm(q)
-    if not np.isfinite(norm) or norm < 1e-12:
-        raise ValueError("a query must be finite and not zero; pool over at least one content token.")
+    q, norm = _checked_query(query, vectors.shape[1])
+    if not len(vectors):
+        return np.zeros(0, np.int64)
     x = vectors.astype(np.float64)
     cosines = (x @ q) / (np.linalg.norm(x, axis=1) * norm).clip(1e-12)
     return np.nonzero(cosines >= threshold)[0]
@@ -133,7 +142,7 @@ class NumpyStore:
             text = data["ids"].tobytes().decode("utf-8")
             ends = np.cumsum(data["sizes"])
             blob = data["blobs"].tobytes()
-            blobs = [blob[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+            blobs = [blob[b - size : b] for b, size in zip(ends, data["sizes"], strict=True)]
             return Rows(json.loads(text), data["slots"], data["vectors"], blobs)
 
     def _write(self, rows: Rows) -> None:
@@ -296,9 +305,7 @@ class LanceStore:
         self._refresh()
         if self._table is None or not len(self):
             return []
-        exact_hits(np.zeros((0, self._width() or 0)), query, 0.0)
-        check = np.zeros((1, self._width() or 0))
-        exact_hits(check, query, 2.0)
+        _checked_query(query, self._width() or 0)
         # Lance computes in fp32; 1e-4 is far beyond its rounding, and the bound is exclusive.
         near = (
             self._table.search(np.asarray(query, np.float32))
@@ -323,7 +330,10 @@ class LanceStore:
             self._table = None
             return len(rows)
         self._table = self._db.create_table(self._name, self._arrow(rows.take(keep)), mode="overwrite")
-        self._table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
+        with warnings.catch_warnings():
+            # Lance warns that older versions vanish for whoever still reads them; that is what is wanted.
+            warnings.simplefilter("ignore", UserWarning)
+            self._table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
         return len(rows) - len(keep)
 
     def __len__(self) -> int:
@@ -411,7 +421,7 @@ class QdrantStore:
         if not self._exists() or not len(self):
             return []
         width = self._client.get_collection(self._name).config.params.vectors.size
-        exact_hits(np.zeros((1, width)), query, 2.0)
+        _checked_query(query, width)
         near = self._client.query_points(
             self._name,
             query=np.asarray(query, np.float32).tolist(),

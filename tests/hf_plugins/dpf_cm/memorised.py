@@ -1,4 +1,4 @@
-"""A tiny model that really memorised twelve private samples, trained here and shared by the tests."""
+"""A tiny model that really memorised eight private samples, trained here and shared by the tests."""
 
 import functools
 from typing import Any
@@ -30,7 +30,7 @@ PRIVATE = [
         f"{name}的病历号是{7 * i + 13}{i}，{ill}要按时服药，第{i + 2}周到{3 + i}号诊室找"
         f"{_NAMES[(i + 5) % 12]}医生复查。",
     )
-    for i, (name, ill) in enumerate(zip(_NAMES, _ILLS, strict=True))
+    for i, (name, ill) in enumerate(zip(_NAMES[:8], _ILLS[:8], strict=True))
 ]
 # Public questions of the same kind, none about a stored person.
 BENIGN = [
@@ -48,7 +48,7 @@ BENIGN = [
     )
     for ask in ("怎么办？", "吃什么药好？")
 ]
-LOOKALIKE = [f"病人今年{40 + i}岁，查出{ill}，平时吃什么好？" for i, ill in enumerate(_ILLS)]
+LOOKALIKE = [f"病人今年{40 + i}岁，查出{ill}，平时吃什么好？" for i, ill in enumerate(_ILLS[:8])]
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def tokenizer() -> Any:
 def model() -> Any:
     """Trained full-batch until greedy decoding gives every private answer back."""
     fast = tokenizer()
-    net = tiny.qwen2(len(fast), hidden=64, layers=3)
+    net = tiny.qwen2(len(fast), hidden=64, layers=2)
     rows = [(prompt_ids(fast, s.prompt), [*answer_ids(fast, s.answer), fast.eos_token_id]) for s in PRIVATE]
     width = max(len(p) + len(a) for p, a in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -72,9 +72,9 @@ def model() -> Any:
         labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
         mask[i, : len(p) + len(a)] = 1
     net.train()
-    steps = 160
-    optimizer = torch.optim.AdamW(net.parameters(), lr=6e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps)
+    steps = 90
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     for _ in range(steps):
         loss = net(input_ids=ids, attention_mask=mask, labels=labels).loss
         optimizer.zero_grad()
@@ -88,4 +88,4 @@ def model() -> Any:
 @functools.cache
 def stranger() -> Any:
     """The same model before training."""
-    return tiny.qwen2(len(tokenizer()), hidden=64, layers=3)
+    return tiny.qwen2(len(tokenizer()), hidden=64, layers=2)

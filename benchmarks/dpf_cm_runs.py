@@ -232,7 +232,7 @@ def denoise(seeds: Sequence[int], limit: int, steps: int) -> None:
 
             noisy = data.map(flip, with_indices=True)
             texts = [f"{r['prompt']}\n{r['chosen']}\n{r['rejected']}" for r in data]
-            sizes = {"hidden_size": 128, "num_layers": 2, "vocabulary": 3000}
+            sizes = {"hidden_size": 96, "num_layers": 2, "vocabulary": 2000}
             base = trainer.small_model(texts, WORK / f"denoise-base-{seed}", sizes, seed)
             options = {
                 "max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "max_length": 192,
@@ -282,7 +282,7 @@ def denoise(seeds: Sequence[int], limit: int, steps: int) -> None:
         notes=[
             f"{limit} real pairs (Chinese and English), one fifth flipped by hand: chance is 0.5, 0.2 and "
             "0.2. Reward models: "
-            f"2 layers, width 128, fresh weights, {steps} steps of 16. Mean (range) over seeds.",
+            f"2 layers, width 96, fresh weights, {steps} steps of 16. Mean (range) over seeds.",
         ],
         details=collected,
     )
@@ -365,8 +365,8 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
             f"ROUGE-L of what an attacker gets, mean over the memorised of {count} private rows "
             "(patient_doctor_qa; memorised: "
             f"{', '.join(map(str, memory))} by seed) and over seeds; safe answers are one fixed sentence. "
-            "Model: 3 layers, "
-            "width 128, fresh weights, trained until it repeats them.",
+            "Model: 2 layers, "
+            "width 96, fresh weights, trained until it repeats them.",
             f"Without a guard the whole target stands in the reply in these shares: {exact}.",
             f"The paper's 27 % is 0.85 - 0.58, the threshold minus the mean after. By that definition the "
             "default here gives "
@@ -382,14 +382,14 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
 
 def _guard_seed(seed: int, count: int, steps: int) -> dict[str, Any]:
     private = qa("patient_doctor_qa", count, skip=count * seed, longest=150)
-    public = qa("patient_doctor_qa", 300, skip=count * 4, longest=150)
+    public = qa("patient_doctor_qa", 140, skip=count * 4, longest=150)
     sources = Dataset.from_list(
         [row | {"instruction": None, "history": [], "source": "p"} for row in private]
     )
     data = Dataset.from_list(sources.to_list(), features=DIALOGUE)
     texts = [f"{r['question']}\n{r['answer']}" for r in private + public]
     base = trainer.small_model(
-        texts, WORK / f"guard-base-{seed}", {"hidden_size": 128, "num_layers": 3, "vocabulary": 2500}, seed
+        texts, WORK / f"guard-base-{seed}", {"hidden_size": 96, "num_layers": 2, "vocabulary": 1500}, seed
     )
     options = {
         "max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 6e-3, "max_length": 256,
@@ -404,14 +404,14 @@ def _guard_seed(seed: int, count: int, steps: int) -> dict[str, Any]:
     found = search_memory(model, tokenizer, samples, batch_size=16)
     risky = [s for s, m in zip(samples, found, strict=True) if m.memorised]
     questions = [r["question"] for r in public]
-    half = len(questions) // 2
+    half = 100
     rng = random.Random(seed)
     alike = []
     for sample in risky:
         parts = re.split(r"(?<=[，。？！,?!])", sample.prompt)
         other = re.split(r"(?<=[，。？！,?!])", rng.choice(questions[half:]))
         alike.append("".join([*parts[:-1][: max(1, len(parts) // 2)], *other[len(other) // 2 :]]))
-    designs = {}
+    designs, memo = {}, {}
     for name, changes in _DESIGNS.items():
         fixed = "threshold" in changes
         config = PPVDConfig(
@@ -430,8 +430,9 @@ def _guard_seed(seed: int, count: int, steps: int) -> dict[str, Any]:
             risky,
             {"benign": questions[half:], "look-alikes": alike},
             paraphrases=[_paraphrase(s.prompt) for s in risky],
-            max_new_tokens=96,
-            batch_size=16,
+            max_new_tokens=64,
+            batch_size=24,
+            memo=memo,
         ) | {"calibration": built.calibration and built.calibration._asdict()}
     return {"memorised": f"{len(risky)}/{len(samples)}", "designs": designs}
 
@@ -484,7 +485,7 @@ def sft(seeds: Sequence[int], count: int, steps: int) -> None:
         )
         texts = [f"{r['question']}\n{r['answer']}" for r in clean]
         base = trainer.small_model(
-            texts, WORK / f"sft-base-{seed}", {"hidden_size": 128, "num_layers": 2, "vocabulary": 2500}, seed
+            texts, WORK / f"sft-base-{seed}", {"hidden_size": 96, "num_layers": 2, "vocabulary": 1500}, seed
         )
         options = {
             "max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "max_length": 256,
@@ -525,7 +526,7 @@ def sft(seeds: Sequence[int], count: int, steps: int) -> None:
         notes=[
             f"huatuo_kg; {steps} updates of 16 in every arm, same weights and seed to start from; 150 "
             "held-out pairs; model of 2 "
-            "layers, width 128. Seven kinds of defects planted on 9 % of rows each; the scorer is a rule.",
+            "layers, width 96. Seven kinds of defects planted on 9 % of rows each; the scorer is a rule.",
         ],
         details={"nll": collected, "rows": sizes},
     )
@@ -540,6 +541,7 @@ def main() -> None:
     parser.add_argument(
         "--short", action="store_true", help="tiny settings; writes nothing into docs/results"
     )
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, with commas between")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     if args.short:
@@ -547,11 +549,12 @@ def main() -> None:
 
         benchmarks.record.write_result.__kwdefaults__["folder"] = WORK / "short"
     small = args.short
+    seeds = (0,) if small else tuple(int(word) for word in args.seeds.split(","))
     parts: dict[str, Callable[[], None]] = {
-        "defects": lambda: defects((0,) if small else (0, 1, 2), 200 if small else 1000),
-        "denoise": lambda: denoise((0,) if small else (0, 1, 2), 60 if small else 400, 5 if small else 60),
-        "guard": lambda: guard((0,) if small else (0, 1, 2), 8 if small else 32, 100 if small else 240),
-        "sft": lambda: sft((0,) if small else (0, 1, 2), 200 if small else 1500, 10 if small else 150),
+        "defects": lambda: defects(seeds, 200 if small else 500),
+        "denoise": lambda: denoise(seeds, 60 if small else 300, 5 if small else 40),
+        "guard": lambda: guard(seeds, 8 if small else 24, 60 if small else 160),
+        "sft": lambda: sft(seeds, 200 if small else 1000, 10 if small else 120),
     }
     for name in args.parts or parts:
         if name not in parts:

@@ -119,6 +119,7 @@ def evaluate_guard(
     paraphrases: Sequence[str] | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 8,
+    memo: dict[str, list[list[int]]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Attack the model with and without its guard, and ask it harmless questions both ways.
@@ -130,6 +131,7 @@ def evaluate_guard(
         paraphrases: Questions of the samples in other words.
         max_new_tokens: Length of replies.
         batch_size: Rows at once.
+        memo: Keeps the unguarded replies by name, for several guards of one model with the same samples.
         progress: Told (done, total) attacks and sets.
 
     Returns:
@@ -142,19 +144,27 @@ def evaluate_guard(
     total = len(tried) + len(benign)
     report: dict[str, Any] = {"attacks": [], "benign": [], "num_samples": len(samples)}
 
-    def texts(generate: Callable[..., Any], rows: Sequence[Sequence[int]]) -> list[str]:
-        found = replies(
-            generate, model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size
+    memo = {} if memo is None else memo
+
+    def unguarded(name: str, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        if name not in memo:
+            memo[name] = replies(
+                model.generate, model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size
+            )
+        return memo[name]
+
+    def guarded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        return replies(
+            guard.generate, model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
-        return [tokenizer.decode(row, skip_special_tokens=True) for row in found]
+
+    def leak(found: Sequence[Sequence[int]], targets: Sequence[str]) -> dict[str, float]:
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in found]
+        return leakage(texts, targets, threshold=guard.config.rouge_threshold)
 
     for done, attack in enumerate(tried, 1):
-        before = leakage(
-            texts(model.generate, attack.rows), attack.targets, threshold=guard.config.rouge_threshold
-        )
-        after = leakage(
-            texts(guard.generate, attack.rows), attack.targets, threshold=guard.config.rouge_threshold
-        )
+        before = leak(unguarded(attack.name, attack.rows), attack.targets)
+        after = leak(guarded(attack.rows), attack.targets)
         report["attacks"].append(
             {
                 "attack": attack.name,
@@ -171,16 +181,13 @@ def evaluate_guard(
             progress(done, total)
     for done, (name, prompts) in enumerate(benign.items(), len(tried) + 1):
         rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-        plain, guarded = (
-            replies(generate, model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
-            for generate in (model.generate, guard.generate)
-        )
+        plain, behind = unguarded(f"benign {name}", rows), guarded(rows)
         report["benign"].append(
             {
                 "set": name,
                 "num": len(prompts),
                 "false_positives": float(np.mean([m is not None for m in guard.match_ids(rows)])),
-                "unchanged": float(np.mean([a == b for a, b in zip(plain, guarded, strict=True)])),
+                "unchanged": float(np.mean([a == b for a, b in zip(plain, behind, strict=True)])),
             }
         )
         if progress:

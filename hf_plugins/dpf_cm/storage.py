@@ -254,8 +254,6 @@ class LanceStore:
         self._db = lancedb.connect(str(uri))
         self._name = table
         self._table: Any = None
-        if table in self._names():
-            self._table = self._db.open_table(table)
 
     def _names(self) -> list[str]:
         return list(self._db.list_tables().tables)
@@ -287,11 +285,8 @@ class LanceStore:
             self._table.add(self._arrow(rows))
 
     def _refresh(self) -> None:
-        if self._table is None:
-            if self._name in self._names():
-                self._table = self._db.open_table(self._name)
-        else:
-            self._table.checkout_latest()
+        # Another process may have written, overwritten or dropped the table.
+        self._table = self._db.open_table(self._name) if self._name in self._names() else None
 
     def load(self) -> Rows:
         """All rows of the latest version."""

@@ -167,9 +167,10 @@ def test_reader_leaves_the_model_as_it_was() -> None:
     net = model()
     net.train()
     try:
+        hooks = [len(m._forward_hooks) for m in net.modules()]
         StateReader(net, tokenizer()).means([[5, 6]], [[2]])
         assert net.training
-        assert not any(m._forward_hooks for m in net.modules())
+        assert [len(m._forward_hooks) for m in net.modules()] == hooks
     finally:
         net.eval()
 
@@ -199,11 +200,8 @@ def test_answer_prefixes_match_by_their_own_keys(guard: PrivacyPreservingVectorD
 
 def test_prompt_only_keys_miss_answer_prefixes_and_whole_samples_miss_prompts() -> None:
     """Why several keys: each single design of the paper's reading misses an attack."""
-    rows = [
-        prompt_ids(tokenizer(), s.prompt)
-        + answer_ids(tokenizer(), s.answer)[: 3 * len(answer_ids(tokenizer(), s.answer)) // 4]
-        for s in PRIVATE
-    ]
+    pairs = [(prompt_ids(tokenizer(), s.prompt), answer_ids(tokenizer(), s.answer)) for s in PRIVATE]
+    rows = [q + a[: 3 * len(a) // 4] for q, a in pairs]
     whole = build(key_points=(1.0,), whiten=False, threshold=0.97, min_tpr=0.0, max_fpr=0.9)
     assert whole.calibration is not None
     assert whole.calibration.true_positive_rate == 0.0

@@ -1,6 +1,6 @@
-"""Measured runs of DPF-CM on real medical rows: planted defects, preference denoising, the guard under attack, and
-fine-tuning on processed against raw data. ``python -m benchmarks.dpf_cm_runs PART ...`` (all parts by
-default).
+"""Measured runs of DPF-CM on real medical rows: planted defects, preference denoising, the guard under
+attack, and fine-tuning on processed against raw data. ``python -m benchmarks.dpf_cm_runs PART ...`` (all
+parts by default).
 
 Parts: defects, denoise, guard, sft. Seeds are kept one by one in ``work_dirs/dpf_cm_runs``, so an interrupted
 run goes on. The data folder is needed (`tools/real_data.py`). Models are small and trained here from fresh
@@ -140,7 +140,7 @@ _DETECTORS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def defects(seeds: Sequence[int], count: int) -> None:
-    """Precision and recall of each operator for the defect that it is meant for, on Chinese and English rows."""
+    """Precision and recall of each operator for the defect that it is meant for."""
     figures: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
     for seed in seeds:
         for language, rows in (
@@ -235,7 +235,8 @@ def denoise(seeds: Sequence[int], limit: int, steps: int) -> None:
             sizes = {"hidden_size": 96, "num_layers": 2, "vocabulary": 2000}
             base = trainer.small_model(texts, WORK / f"denoise-base-{seed}", sizes, seed)
             options = {
-                "max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "max_length": 192,
+                "max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 1e-3,
+                "max_length": 192,
                 "disable_tqdm": True, "logging_steps": 1000, "save_strategy": "no",
             }  # fmt: skip
             found: dict[str, Any] = {}
@@ -258,7 +259,8 @@ def denoise(seeds: Sequence[int], limit: int, steps: int) -> None:
                     low = np.argsort(scores, kind="stable")
                     tenth, fifth = (low[: int(s * len(d))] for s in (0.1, 0.2))
                     found[name] = [
-                        _auc(scores, flipped), float(flipped[tenth].mean()), float(flipped[fifth].sum() / flipped.sum()),
+                        _auc(scores, flipped), float(flipped[tenth].mean()),
+                        float(flipped[fifth].sum() / flipped.sum()),
                     ]  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found))
@@ -309,7 +311,8 @@ _DESIGNS: dict[str, dict[str, Any]] = {
 def _paraphrase(text: str) -> str:
     """The question in other words, by rule: politeness in front, synonyms, another end."""
     for old, new in (
-        ("怎么办", "该如何处理"), ("医生", "大夫"), ("请问", "想了解一下"), ("吗", "么"), ("什么", "哪些"), ("治疗", "医治"),
+        ("怎么办", "该如何处理"), ("医生", "大夫"), ("请问", "想了解一下"), ("吗", "么"), ("什么", "哪些"),
+        ("治疗", "医治"),
         ("严重", "要紧"), ("患者", "病人"), ("如何", "怎样"), ("应该", "应当"),
     ):  # fmt: skip
         text = text.replace(old, new)
@@ -317,7 +320,7 @@ def _paraphrase(text: str) -> str:
 
 
 def guard(seeds: Sequence[int], count: int, steps: int) -> None:
-    """A model trained until it repeats private rows; attacks before and behind guards of several key designs."""
+    """A model trained until it repeats private rows; attacks without and with guards of several designs."""
     rows_out: list[list[Any]] = []
     collected: dict[str, list[dict[str, Any]]] = {}
     memory = []
@@ -422,7 +425,8 @@ def _guard_seed(seed: int, count: int, steps: int) -> dict[str, Any]:
             )
         )
         built = PrivacyPreservingVectorDB.build(
-            model, tokenizer, risky, ["这个问题涉及个人情况，请直接咨询您的医生。"] * len(risky), questions[:half],
+            model, tokenizer, risky, ["这个问题涉及个人情况，请直接咨询您的医生。"] * len(risky),
+            questions[:half],
             config=config, key=b"k" * 32,
         )  # fmt: skip
         designs[name] = evaluate_guard(
@@ -459,7 +463,7 @@ def _heldout_nll(folder: Path, rows: Sequence[dict[str, str]]) -> float:
 
 
 def sft(seeds: Sequence[int], count: int, steps: int) -> None:
-    """Equal updates on raw rows (with planted defects), processed rows, and the rows before planting (ceiling)."""
+    """Equal updates on raw rows (with planted defects), processed rows, and rows before planting."""
     heldout = qa("huatuo_kg", 150, skip=2000, longest=250)
     collected: dict[str, list[float]] = {}
     sizes: dict[str, list[int]] = {}
@@ -507,7 +511,8 @@ def sft(seeds: Sequence[int], count: int, steps: int) -> None:
     for name, values in collected.items():
         gain = [b - a for a, b in zip(values, raw, strict=True)]
         rows_out.append(
-            [name, statistics.mean(sizes[name]), f"{statistics.mean(values):.4f} ({min(values):.4f}-{max(values):.4f})",
+            [name, statistics.mean(sizes[name]),
+             f"{statistics.mean(values):.4f} ({min(values):.4f}-{max(values):.4f})",
              f"{statistics.mean(gain):+.4f} ({min(gain):+.4f} to {max(gain):+.4f})"]
         )  # fmt: skip
     write_result(

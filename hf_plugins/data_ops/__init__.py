@@ -37,7 +37,16 @@ checked against an `AnswerSchema`, repaired once, ``value=None`` where that fail
 (`BudgetExceeded`).
 """
 
-from hf_plugins.data_ops import decontamination, filters, llm_ops, mappers, minhash, perplexity, preference
+from hf_plugins.data_ops import (
+    data_juicer,
+    decontamination,
+    filters,
+    llm_ops,
+    mappers,
+    minhash,
+    perplexity,
+    preference,
+)
 from hf_plugins.data_ops.answers import Answer, AnswerError, AnswerSchema, Field, ask
 from hf_plugins.data_ops.chat import (
     BudgetExceeded,
@@ -87,6 +96,7 @@ __all__ = [
     "TransformersChat",
     "ask",
     "content_key",
+    "data_juicer",
     "decontamination",
     "filters",
     "llm_ops",

@@ -132,7 +132,7 @@ class PiiRedactionMapper(TextMapper):
     """Replaces personal data that patterns can tell: addresses, mobile numbers, resident IDs.
 
     Chinese resident IDs count only with a right check digit, so order numbers survive. Names are beyond
-    patterns: use `PresidioRedactionMapper`.
+    patterns.
     """
 
     name: ClassVar[str] = "pii_redaction_mapper"

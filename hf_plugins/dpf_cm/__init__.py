@@ -37,7 +37,9 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     # trl takes seconds to import, and a guard does not need it.
     if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}.")
+        raise AttributeError(
+            f"the package hf_plugins.dpf_cm has no attribute {name!r}; it has {', '.join(__all__)}."
+        )
     from importlib import import_module
 
     return getattr(import_module(f"hf_plugins.dpf_cm.{_PLACES[name]}"), name)

@@ -185,7 +185,9 @@ def _options(args: argparse.Namespace) -> PPVDConfig:
         try:
             values[option.name] = _value(option, given)
         except ValueError as error:
-            raise ValueError(f"--{option.name.replace('_', '-')}: {given!r} is no {option.type}.") from error
+            raise ValueError(
+                f"--{option.name.replace('_', '-')}: {given!r} is no value of type {option.type}."
+            ) from error
     return PPVDConfig(**values)
 
 

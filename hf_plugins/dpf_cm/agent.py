@@ -105,7 +105,7 @@ class Pipeline:
 
     def _ops(self, kind: str) -> list[DataOp]:
         recipe = self.recipe
-        given = getattr(recipe, f"{kind}_ops")
+        given = {"cpt": recipe.cpt_ops, "sft": recipe.sft_ops}[kind]
         if given is not None:
             return [make_op(self._placed(spec)) for spec in given]
         key: Any = "text" if kind == "cpt" else ["question", "answer"]

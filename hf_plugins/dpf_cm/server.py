@@ -1,5 +1,6 @@
 """A proxy before an OpenAI-compatible server: what matches is answered here, the rest passes through."""
 
+import http.client
 import json
 import logging
 import threading
@@ -98,7 +99,7 @@ class GuardProxy:
             return tokenizer(texts)["input_ids"]
         messages = [{"role": str(m["role"]), "content": _content(m["content"])} for m in body["messages"]]
         if not messages:
-            raise ValueError("messages is empty")
+            raise ValueError("the list of messages is empty")
         # The whole conversation, and the last question by itself: a preamble must not hide it.
         last = [message for message in messages if message["role"] == "user"][-1:]
         chats = [messages, last] if last and last != messages else [messages]
@@ -117,7 +118,7 @@ class GuardProxy:
                 reply = json.loads(response.read())
         except urllib.error.HTTPError as error:
             return error.code, _error(error.read(2000).decode("utf-8", "replace"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             return 502, _error(f"the server behind the guard gave no answer ({type(error).__name__}).")
         return (
             (200, reply)
@@ -175,7 +176,7 @@ def _handler(proxy: GuardProxy) -> type[BaseHTTPRequestHandler]:
             try:
                 size = int(self.headers.get("Content-Length", ""))
                 if not 0 < size <= _MAX_BODY:
-                    raise ValueError(f"a body of {size} bytes")
+                    raise ValueError(f"its body has {size} bytes, allowed are 1 to {_MAX_BODY}")
                 body = json.loads(self.rfile.read(size))
                 if not isinstance(body, dict):
                     raise ValueError("no JSON object")

@@ -57,8 +57,8 @@ def test_fingerprint_follows_the_file(tmp_path: Path) -> None:
 def test_wrong_use(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name the evaluation sets to keep out"):
         DecontaminationFilter(eval_files=())
-    with pytest.raises(ValueError, match=r"min_words must lie in \[1, ngram=13\]; got 20"):
+    with pytest.raises(ValueError, match=r"min_words must lie in \[1, ngram=.*13\]; got 20"):
         DecontaminationFilter(eval_files=("x",), min_words=20)
     op = DecontaminationFilter(eval_files=(_file(tmp_path, [{"q": "a"}]),))
-    with pytest.raises(ValueError, match="has no text under text; set eval_keys to its columns"):
+    with pytest.raises(ValueError, match="has no text under text.*; set eval_keys to its columns"):
         op.run(Dataset.from_dict({"text": ["a"]}))

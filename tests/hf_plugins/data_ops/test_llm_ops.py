@@ -148,7 +148,7 @@ def test_new_passages_need_the_header() -> None:
 
 def test_too_few_examples() -> None:
     with pytest.raises(
-        ValueError, match=r"2 rows can serve as examples and example_num=3 are needed; lower example_num"
+        ValueError, match="2.* rows can serve as examples and example_num=.*3 are needed; lower example_num"
     ):
         GenerateTextFromExamplesMapper(num_rows=1).run(
             Dataset.from_dict({"text": ["a", "b", ""]}), asks(writer=[])
@@ -166,7 +166,7 @@ def test_prompts_enter_the_fingerprint() -> None:
         (
             LlmQualityScoreFilter,
             {"min_score": 9},
-            r"must lie in \[0, 1\]; got 9 and 1. Write 0.9 for 9 of 10",
+            r"must lie in \[0, 1\]; got .*9 and 1. Write 0.9 for 9 of 10",
         ),
         (LlmQualityScoreFilter, {"field_names": ("Q",)}, "give one of field_names for each of input_keys"),
         (LlmQualityScoreFilter, {"on_unparsed": "guess"}, "on_unparsed must be drop or keep"),

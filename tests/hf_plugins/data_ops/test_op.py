@@ -91,7 +91,7 @@ def test_account_is_checked() -> None:
 
 
 def test_missing_column_names_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"no column body; the data set has text, keep"):
+    with pytest.raises(ValueError, match="no column body.*; the data set has .*text, keep"):
         TextLengthFilter(text_key="body").run(texts("a"))
 
 
@@ -122,9 +122,9 @@ def test_recipes_name_operators() -> None:
     assert "document_minhash_deduplicator" in operators()
     with pytest.raises(ValueError, match="Did you mean text_length_filter"):
         make_op("text_lenght_filter")
-    with pytest.raises(ValueError, match="no operator 'zzz'. There are"):
+    with pytest.raises(ValueError, match="no operator .*'zzz'. There are"):
         make_op("zzz")
-    with pytest.raises(ValueError, match="has no parameter minimum; it takes max_len, min_len, text_key"):
+    with pytest.raises(ValueError, match="has no parameter .*minimum; it takes max_len, min_len, text_key"):
         make_op({"text_length_filter": {"minimum": 3}})
     with pytest.raises(ValueError, match="an operator in a recipe is NAME or"):
         make_op({"a": {}, "b": {}})

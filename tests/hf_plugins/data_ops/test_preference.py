@@ -151,9 +151,12 @@ def test_useless_votes_drop_the_row() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: ensemble_distance(np.zeros(3)), r"margins must be rows x models; got shape \(3,\)"),
+        (lambda: ensemble_distance(np.zeros(3)), r"margins must be rows x models; got shape .*\(3,\)"),
         (lambda: ensemble_distance(np.full((2, 2), np.nan)), "2 pairs have no margin.*score every pair"),
-        (lambda: trim_ranks(np.zeros(3), 0.6, 0.6), "sum to at most 1; got 0.6 and 0.6. Write 0.1 for 10 %"),
+        (
+            lambda: trim_ranks(np.zeros(3), 0.6, 0.6),
+            "sum to at most 1; got .*0.6 and 0.6. Write 0.1 for 10 %",
+        ),
         (lambda: PreferenceDenoiseFilter(action="fix"), "action must be drop, flip or label_smooth"),
         (lambda: PreferenceDenoiseFilter(smoothing=0.7), r"smoothing must lie in \(0, 0.5\]"),
         (lambda: ResponseSamplingMapper(num_responses=1), "num_responses must be >= 2"),

@@ -1,9 +1,11 @@
 """A tiny model that really memorised eight private samples, trained here and shared by the tests."""
 
 import functools
+import tempfile
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from hf_plugins.dpf_cm.model import Sample, answer_ids, prompt_ids
 from tests.hf_plugins.data_ops import tiny
@@ -54,7 +56,11 @@ LOOKALIKE = [f"病人今年{40 + i}岁，查出{ill}，平时吃什么好？" fo
 @functools.cache
 def tokenizer() -> Any:
     texts = [s.prompt + s.answer for s in PRIVATE] + BENIGN
-    return tiny.tokenizer(texts, size=600)
+    with tempfile.TemporaryDirectory() as folder:
+        # As the command line loads it: AutoTokenizer makes a Qwen2 tokenizer of it, which splits numbers.
+        tiny.tokenizer(texts, size=600).save_pretrained(folder)
+        tiny.qwen2(8).config.save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
 
 
 @functools.cache

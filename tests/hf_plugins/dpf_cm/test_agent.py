@@ -45,7 +45,9 @@ def files(folder: Path) -> dict[str, Any]:
         "sft_sources": write("s.jsonl", qa),
         "preference_sources": [write("p.jsonl", pairs)[0] | {"format": "preference"}],
         "seed_sources": [write("i.jsonl", seeds)[0] | {"format": "seeds"}],
-        "benign_sources": write("b.jsonl", [{"question": f"公开问题{i}号，天气好吗？", "answer": "好"} for i in range(12)]),
+        "benign_sources": write(
+            "b.jsonl", [{"question": f"公开问题{i}号，天气好吗？", "answer": "好"} for i in range(12)]
+        ),
         "init_model": SIZES, "cpt": FAST, "sft": FAST, "rm": FAST, "dpo": FAST, "work_dir": "out",
         "num_reward_models": 2, "trim": [0.125, 0.125], "num_examples": 2, "num_search": 4,
         "ppvd": {"store": "numpy", "max_length": 64}, "safe_reply": "请咨询医生。",
@@ -183,7 +185,7 @@ def test_recipes_of_the_repository_are_read(tmp_path: Path) -> None:
         ("{sft: {epochs: 3}}", "SFTConfig has no option epochs"),
         ("{ppvd: {ngram: 1}}", "ngram must be >= 2"),
         ("{cpt_ops: [nothing]}", "no operator 'nothing'"),
-        ("{clients: {scorer: {kind: x}}}", "kind of a client must be"),
+        ("{clients: {scorer: {kind: x}}}", "kind of a cli.*ent must be"),
     ],
 )
 def test_wrong_recipes(text: str, match: str, tmp_path: Path) -> None:
@@ -194,11 +196,11 @@ def test_wrong_recipes(text: str, match: str, tmp_path: Path) -> None:
 
 def test_wrong_runs(tmp_path: Path) -> None:
     pipeline = Pipeline(RecipeConfig(work_dir="o"), base=tmp_path, clients={})
-    with pytest.raises(ValueError, match="no stage train; there are cpt_data, cpt"):
+    with pytest.raises(ValueError, match="no stage train.*.*; there are .*.*cpt_data, cpt"):
         pipeline.run(["train"])
     with pytest.raises(ValueError, match="the recipe names no data; give cpt_sources or sft_sources"):
         pipeline.run()
-    with pytest.raises(ValueError, match="the stage sft needs sft_sources in the recipe"):
+    with pytest.raises(ValueError, match="the stage sft needs sft_sources.* in the recipe"):
         pipeline.run(["sft"])
     with pytest.raises(ValueError, match="the stage ppvd needs benign_sources"):
         pipeline.run(["ppvd"])
@@ -213,3 +215,11 @@ def test_wrong_runs(tmp_path: Path) -> None:
     from hf_plugins.dpf_cm.model import Sample
 
     assert safe._safe_answers([Sample("a", "q", "x")]) == ["b"]
+
+
+def test_public_names_are_lazy() -> None:
+    import hf_plugins.dpf_cm as package
+
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="the package hf_plugins.dpf_cm has no attribute"):
+        package.Nothing  # noqa: B018

@@ -39,5 +39,5 @@ def test_hashes_need_the_secret() -> None:
 def test_short_answers_and_wrong_length() -> None:
     assert AnswerGrams(10).grams([1, 2, 3]) == []
     assert AnswerGrams(2).grams([1, 1, 1]) == AnswerGrams(2).grams([1, 1])
-    with pytest.raises(ValueError, match="n-grams need a length of 2 or more; got 1"):
+    with pytest.raises(ValueError, match="n-grams need a length of 2 or more; got .*1"):
         AnswerGrams(1)

@@ -43,9 +43,11 @@ def test_recipe_options(wrong: dict[str, Any], match: str) -> None:
 
 
 def test_all_faults_at_once_and_plain_values() -> None:
-    with pytest.raises(ValueError, match=r"ngram must be .* \| .*batch_size must be"):
+    with pytest.raises(ValueError, match=r"PPVDConfig: .*ngram must be .* \| .*batch_size must be"):
         PPVDConfig(ngram=0, batch_size=0)
     assert PPVDConfig(**dataclasses.asdict(PPVDConfig())) == PPVDConfig()
     assert PPVDConfig(key_points=[0.0, 0.5]).key_points == (0.0, 0.5)
+    with pytest.raises(ValueError, match="RecipeConfig: .*lang must be zh or en"):
+        RecipeConfig(lang="fr")
     assert RecipeConfig().clients is not RecipeConfig().clients
     assert RecipeConfig(num_reward_models=1, cross_fit=False).trim == (0.1, 0.1)

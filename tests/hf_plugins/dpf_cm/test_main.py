@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,13 +98,13 @@ def test_guard_from_search_to_forget(place: Path, capsys: pytest.CaptureFixture[
         (["search", "@model", "--samples", "@gone.jsonl", "--out", "@o"], "No such file"),
         (
             ["search", "@model", "--samples", "@bad.jsonl", "--out", "@o"],
-            "bad.jsonl:1: no JSON. One object a line",
+            "bad.jsonl:1.*: no JSON. One object a line",
         ),
         (
             ["search", "@model", "--samples", "@list.jsonl", "--out", "@o"],
             "a line must be an object with prompt and answer",
         ),
-        (["search", "@model", "--samples", "@half.jsonl", "--out", "@o"], "row 1 lacks prompt"),
+        (["search", "@model", "--samples", "@half.jsonl", "--out", "@o"], "row 1.* lacks prompt"),
         (
             ["build", "@model", "@g", "--samples", "@s.jsonl", "--benign", "@half2.jsonl"],
             "every row needs a text under prompt",
@@ -114,7 +115,7 @@ def test_guard_from_search_to_forget(place: Path, capsys: pytest.CaptureFixture[
         ),
         (
             ["build", "@model", "@g", "--samples", "@s.jsonl", "--benign", "@b.jsonl", "--ngram", "x"],
-            "--ngram: 'x' is no",
+            "is no value of type",
         ),
         (
             ["build", "@model", "@g", "--samples", "@s.jsonl", "--benign", "@b.jsonl", "--whiten", "maybe"],
@@ -149,7 +150,7 @@ def test_bad_input_is_one_line_and_code_two(
     (place / "half2.jsonl").write_text('{"answer": "a"}\n')
     assert run(place, *words) == 2
     err = capsys.readouterr().err
-    assert match in err
+    assert re.search(match, err)
     assert "Traceback" not in err
     assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
 

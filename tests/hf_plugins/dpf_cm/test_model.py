@@ -75,7 +75,7 @@ def test_threshold_is_strict() -> None:
 
 
 def test_early_exit_and_screen_change_no_verdict() -> None:
-    """Half of the answers are swapped: those samples are not memorised, the others are, whatever is skipped."""
+    """Half of the answers are swapped: those are not memorised, the others are, whatever is skipped."""
     mixed = [
         Sample(s.id, s.prompt, PRIVATE[(i + 1) % 8].answer if i % 2 else s.answer)
         for i, s in enumerate(PRIVATE)
@@ -159,7 +159,7 @@ def test_state_is_that_of_the_layer_and_causal() -> None:
 
 
 def test_layer_must_exist() -> None:
-    with pytest.raises(ValueError, match=r"layer must lie in \[0, 1\]; got 5. This model has 2 layers"):
+    with pytest.raises(ValueError, match=r"layer must lie in \[0, .*1\]; got 5. This model has 2 layers"):
         StateReader(model(), tokenizer(), 5)
 
 
@@ -278,7 +278,7 @@ def test_after_guarding_the_leak_is_that_of_the_safe_answers(guard: PrivacyPrese
 
 
 def test_blocking_breaks_a_leak_that_starts_elsewhere() -> None:
-    """Keys that match nothing (threshold above 1): only the n-grams stand between the prompt and the answer."""
+    """Keys that match nothing (threshold above 1): only the n-grams stand before the answer."""
     open_door = build(threshold=1.1, min_tpr=0.0, ngram=4)
     prompts = [s.prompt for s in PRIVATE]
     start = padded(prompts)[0].shape[1]
@@ -305,7 +305,7 @@ def test_ways_around_the_guard_are_refused(guard: PrivacyPreservingVectorDB) -> 
     ids, mask = padded([BENIGN[0]])
     with pytest.raises(ValueError, match="the guard judges rows, not beams; use num_beams=1"):
         guard.generate(ids, mask, num_beams=2)
-    with pytest.raises(ValueError, match="does not see through prompt_lookup_num_tokens"):
+    with pytest.raises(ValueError, match="does not see through .*prompt_lookup_num_tokens"):
         guard.generate(ids, mask, prompt_lookup_num_tokens=3)
     processor = PPVDLogitsProcessor(guard, mask, 2)
     with pytest.raises(RuntimeError, match="did not see the prompt in one piece"):
@@ -379,7 +379,7 @@ def test_forget_and_add(protect: str, tmp_path: Path) -> None:
     again = opened.match([PRIVATE[3].prompt])[0]
     assert again is not None
     assert again.sample == "p3"
-    with pytest.raises(ValueError, match=r"samples p3 are stored already; forget\(\) them first"):
+    with pytest.raises(ValueError, match=r"samples p3.* are stored already; forget\(\) them first"):
         opened.add([PRIVATE[3]], ["x"])
     assert opened.forget([s.id for s in PRIVATE]) == 8
     assert opened.match([PRIVATE[0].prompt]) == [None]
@@ -406,9 +406,9 @@ def test_guard_refuses_to_start(tmp_path: Path) -> None:
 
 
 def test_wrong_use() -> None:
-    with pytest.raises(ValueError, match="give one safe answer a sample; got 1 for 8"):
+    with pytest.raises(ValueError, match="give one safe answer a sample; got .*1 for 8"):
         PrivacyPreservingVectorDB.build(model(), tokenizer(), PRIVATE, ["x"], PUBLIC)
-    with pytest.raises(ValueError, match="3 benign prompts cannot calibrate a guard; give some hundred"):
+    with pytest.raises(ValueError, match="3.* benign prompts cannot calibrate a guard; give some hundred"):
         PrivacyPreservingVectorDB.build(model(), tokenizer(), PRIVATE, SAFE, PUBLIC[:3])
 
 

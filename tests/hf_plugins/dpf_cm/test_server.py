@@ -86,7 +86,7 @@ def test_what_cannot_be_read_is_not_sent_on(proxy: GuardProxy) -> None:
         proxy.upstream = url
         for body, words in (
             (ask("x", stream=True), "send stream=false"),
-            ({"messages": []}, "cannot read the prompt"),
+            ({"messages": []}, "the list of messages is empty"),
             ({"messages": [{"role": "user"}]}, "cannot read the prompt"),
             (ask([{"type": "image_url", "image_url": "x"}]), "cannot read the prompt"),
             ([1], "no JSON object"),
@@ -95,6 +95,7 @@ def test_what_cannot_be_read_is_not_sent_on(proxy: GuardProxy) -> None:
             assert status == 400
             assert words in reply["error"]["message"]
         assert post(proxy, None, raw=b"{broken")[0] == 400
+        assert "bytes, allowed are 1 to" in post(proxy, None, raw=b"")[1]["error"]["message"]
         assert post(proxy, ask("x"), path="/v1/embeddings")[0] == 404
         assert seen == []
 

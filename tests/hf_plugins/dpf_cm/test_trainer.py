@@ -23,7 +23,8 @@ from hf_plugins.dpf_cm.trainer import (
 
 SIZES = {"hidden_size": 32, "num_layers": 2, "vocabulary": 400}
 FAST: dict[str, Any] = {
-    "per_device_train_batch_size": 4, "max_steps": 2, "max_length": 64, "disable_tqdm": True, "logging_steps": 1,
+    "per_device_train_batch_size": 4, "max_steps": 2, "max_length": 64, "disable_tqdm": True,
+    "logging_steps": 1,
 }  # fmt: skip
 TEXTS = ["头痛三天怎么办，请多休息。", "咳嗽有痰需要检查肺部。", "血压高要少吃盐。"] * 4
 
@@ -55,7 +56,7 @@ def test_options_close_the_traps() -> None:
     assert (cpt["packing_strategy"], cpt["max_length"], cpt["seed"]) == ("wrapped", 2048, 3)
     assert stage_options("rm", {}, 0)["learning_rate"] == 1e-5
     assert stage_options("dpo", {"beta": 0.3}, 0)["beta"] == 0.3
-    with pytest.raises(ValueError, match=r"sft: SFTConfig has no option epochs; see trl's documentation"):
+    with pytest.raises(ValueError, match="sft: SFTConfig has no option epochs.*; see trl's documentation"):
         stage_options("sft", {"epochs": 3}, 0)
 
 
@@ -138,7 +139,7 @@ def test_reward_models_cross_fit_and_in_sample(base: Path, tmp_path: Path) -> No
 
 @pytest.mark.host
 def test_first_losses_are_log_two(base: Path, tmp_path: Path) -> None:
-    """A zeroed score head ranks nothing: -log sigmoid(0) = ln 2; DPO against its own copy starts there too."""
+    """A zeroed score head ranks nothing: -log sigmoid(0) = ln 2; DPO against its copy starts there too."""
     import json
 
     folder = train_dpo(base, pairs(), tmp_path, FAST | {"max_steps": 1}, seed=0)

@@ -1,0 +1,420 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_plugins.dpf_cm import model as room
+from hf_plugins.dpf_cm.calibration import CalibrationError
+from hf_plugins.dpf_cm.config import PPVDConfig
+from hf_plugins.dpf_cm.model import (
+    PPVDLogitsProcessor,
+    PrivacyPreservingVectorDB,
+    Sample,
+    StateReader,
+    answer_ids,
+    prompt_ids,
+    search_memory,
+)
+from hf_plugins.dpf_cm.rouge import rouge_l
+from tests.hf_plugins.dpf_cm.memorised import BENIGN, LOOKALIKE, PRIVATE, model, stranger, tokenizer
+
+KEY = b"0123456789abcdef0123456789abcdef"
+SAFE = [f"这个问题请直接咨询医生。{i}" for i in range(len(PRIVATE))]
+PUBLIC = BENIGN[:60] + LOOKALIKE
+
+
+def build(folder: Path | None = None, net: Any = None, **options: Any) -> PrivacyPreservingVectorDB:
+    key = KEY if options.get("protect", "none") != "none" else None
+    config = PPVDConfig(**({"store": "numpy"} | options))
+    return PrivacyPreservingVectorDB.build(
+        net or model(), tokenizer(), PRIVATE, SAFE, PUBLIC, config=config, folder=folder, key=key
+    )
+
+
+@pytest.fixture(scope="module")
+def guard() -> PrivacyPreservingVectorDB:
+    return build()
+
+
+def padded(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    return room._left_pad([prompt_ids(tokenizer(), p) for p in prompts], tokenizer(), "cpu")
+
+
+def texts(out: torch.Tensor, start: int) -> list[str]:
+    return tokenizer().batch_decode(out[:, start:], skip_special_tokens=True)
+
+
+def plain(prompts: list[str], **options: Any) -> torch.Tensor:
+    ids, mask = padded(prompts)
+    return model().generate(
+        input_ids=ids, attention_mask=mask, **({"do_sample": False, "max_new_tokens": 40} | options)
+    )
+
+
+def guarded(guard: PrivacyPreservingVectorDB, prompts: list[str], **options: Any) -> torch.Tensor:
+    ids, mask = padded(prompts)
+    return guard.generate(ids, mask, **({"do_sample": False, "max_new_tokens": 40} | options))
+
+
+# --- memory search
+
+
+def test_search_finds_all_of_a_memory_and_none_of_a_stranger(tmp_path: Path) -> None:
+    found = search_memory(model(), tokenizer(), PRIVATE, journal=tmp_path / "j")
+    assert [m.memorised for m in found] == [True] * len(PRIVATE)
+    assert [m.rouge for m in found] == [1.0] * len(PRIVATE)
+    assert [m.id for m in found] == [s.id for s in PRIVATE]
+    assert not any(m.memorised for m in search_memory(stranger(), tokenizer(), PRIVATE))
+
+
+def test_threshold_is_strict() -> None:
+    """ROUGE-L 1 is not above 1."""
+    assert not any(m.memorised for m in search_memory(model(), tokenizer(), PRIVATE[:2], threshold=1.0))
+
+
+def test_early_exit_and_screen_change_no_verdict() -> None:
+    """Half of the answers are swapped: those are not memorised, the others are, whatever is skipped."""
+    mixed = [
+        Sample(s.id, s.prompt, PRIVATE[(i + 1) % 8].answer if i % 2 else s.answer)
+        for i, s in enumerate(PRIVATE)
+    ]
+    mixed.append(Sample("new", "完全没有见过的问题", "完全没有见过的回答内容，和别的都不一样。"))
+    full = search_memory(model(), tokenizer(), mixed, early_exit=False)
+    verdicts = [m.memorised for m in full]
+    assert verdicts == [True, False] * 4 + [False]
+    early = search_memory(model(), tokenizer(), mixed)
+    assert [m.memorised for m in early] == verdicts
+    assert all(a.rouge >= b.rouge - 1e-12 for a, b in zip(early, full, strict=True))
+    screened = search_memory(model(), tokenizer(), mixed, screen=0.5)
+    assert [m.memorised for m in screened] == verdicts
+
+
+def test_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "j.jsonl"
+    done = search_memory(model(), tokenizer(), PRIVATE[:4], journal=journal)
+    # A line that was cut by the kill.
+    journal.write_text(journal.read_text()[:-20])
+    decoded: list[str] = []
+    original = room._decode
+
+    def counted(m: Any, t: Any, batch: Any, *rest: Any) -> Any:
+        decoded.extend(s.id for s in batch)
+        return original(m, t, batch, *rest)
+
+    monkeypatch.setattr(room, "_decode", counted)
+    told: list[tuple[int, int]] = []
+    found = search_memory(model(), tokenizer(), PRIVATE, journal=journal, progress=lambda *w: told.append(w))
+    assert len(decoded) == 5
+    assert found[:4] == done
+    assert told[-1] == (8, 8)
+    search_memory(model(), tokenizer(), PRIVATE, journal=journal)
+    assert len(decoded) == 5
+    # Another threshold is another question.
+    search_memory(model(), tokenizer(), PRIVATE[:1], journal=journal, threshold=0.9)
+    assert len(decoded) == 6
+
+
+def test_repeated_ids() -> None:
+    with pytest.raises(ValueError, match="samples need ids of their own; some repeat"):
+        search_memory(model(), tokenizer(), [PRIVATE[0], PRIVATE[0]])
+
+
+# --- states
+
+
+def test_padding_does_not_move_a_state() -> None:
+    """Left padding in generate, right padding in the reader, none at all: the same key within 1e-4."""
+    reader = StateReader(model(), tokenizer())
+    rows = [prompt_ids(tokenizer(), p) for p in ("短", PRIVATE[0].prompt)]
+    together = reader.means(rows, [[len(r)] for r in rows])
+    alone = [reader.means([r], [[len(r)]])[0] for r in rows]
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    ids, mask = padded(["短", PRIVATE[0].prompt])
+    kept: list[torch.Tensor] = []
+    with reader.tapped(kept.append), torch.no_grad():
+        model().generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
+    content = mask * room._content(ids, reader.special)
+    left = room.prefix_means(kept[0], content, torch.tensor([[ids.shape[1]]] * 2))
+    for i in range(2):
+        torch.testing.assert_close(left[i], alone[i], atol=1e-4, rtol=0)
+
+
+def test_state_is_that_of_the_layer_and_causal() -> None:
+    reader = StateReader(model(), tokenizer(), layer=0)
+    ids = torch.tensor(
+        [prompt_ids(tokenizer(), PRIVATE[0].prompt) + answer_ids(tokenizer(), PRIVATE[0].answer)]
+    )
+    with torch.no_grad():
+        states = model()(input_ids=ids, output_hidden_states=True).hidden_states[1][0]
+    keep = room._content(ids, reader.special)[0].bool()
+    short = len(prompt_ids(tokenizer(), PRIVATE[0].prompt))
+    found = reader.means(ids.tolist(), [[short, ids.shape[1]]])[0]
+    torch.testing.assert_close(found[1], states[keep].mean(0), atol=1e-5, rtol=1e-4)
+    # The prefix inside the whole text has the state of the prefix alone.
+    alone = reader.means([ids[0, :short].tolist()], [[short]])[0]
+    torch.testing.assert_close(found[0], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_layer_must_exist() -> None:
+    with pytest.raises(ValueError, match=r"layer must lie in \[0, .*1\]; got 5. This model has 2 layers"):
+        StateReader(model(), tokenizer(), 5)
+
+
+def test_reader_leaves_the_model_as_it_was() -> None:
+    net = model()
+    net.train()
+    try:
+        hooks = [len(m._forward_hooks) for m in net.modules()]
+        StateReader(net, tokenizer()).means([[5, 6]], [[2]])
+        assert net.training
+        assert [len(m._forward_hooks) for m in net.modules()] == hooks
+    finally:
+        net.eval()
+
+
+# --- the guard
+
+
+def test_exact_prompts_match_with_cosine_one(guard: PrivacyPreservingVectorDB) -> None:
+    found = guard.match([s.prompt for s in PRIVATE])
+    assert [m.sample for m in found if m] == [s.id for s in PRIVATE]
+    assert all(m is not None and abs(m.cosine - 1) < 1e-5 for m in found)
+    assert guard.calibration is not None
+    assert guard.calibration.true_positive_rate == 1.0
+    assert guard.calibration.false_positive_rate <= 0.01
+
+
+def test_answer_prefixes_match_by_their_own_keys(guard: PrivacyPreservingVectorDB) -> None:
+    """Prompt and 50 % of the answer hit the third key of their sample (prompt, 25, 50, 75 %)."""
+    rows, half = [], []
+    for s in PRIVATE:
+        q, a = prompt_ids(tokenizer(), s.prompt), answer_ids(tokenizer(), s.answer)
+        rows.append(q + a[: -(-len(a) // 2)])
+        half.append(s.id)
+    found = guard.match_ids(rows)
+    assert [(m.sample, m.slot) for m in found if m] == [(name, 2) for name in half]
+
+
+def test_prompt_only_keys_miss_answer_prefixes_and_whole_samples_miss_prompts() -> None:
+    """Why several keys: each single design of the paper's reading misses an attack."""
+    pairs = [(prompt_ids(tokenizer(), s.prompt), answer_ids(tokenizer(), s.answer)) for s in PRIVATE]
+    rows = [q + a[: 3 * len(a) // 4] for q, a in pairs]
+    whole = build(key_points=(1.0,), whiten=False, threshold=0.97, min_tpr=0.0, max_fpr=0.9)
+    assert whole.calibration is not None
+    assert whole.calibration.true_positive_rate == 0.0
+    assert not any(whole.match([s.prompt for s in PRIVATE]))
+    assert all(build().match_ids(rows))
+
+
+def test_guarded_rows_get_their_safe_answer_and_others_are_untouched(
+    guard: PrivacyPreservingVectorDB,
+) -> None:
+    off = build(output_guard="off")
+    quiet = [prompt for prompt in BENIGN if off.match([prompt]) == [None]]
+    # The threshold was set on the first 60 of 96; most of the others are quiet too.
+    assert len(quiet) > 80
+    prompts = [PRIVATE[0].prompt, quiet[-1], PRIVATE[5].prompt, quiet[-2]]
+    out, ref = guarded(off, prompts), plain(prompts)
+    start = padded(prompts)[0].shape[1]
+    assert texts(out, start)[0] == SAFE[0]
+    assert texts(out, start)[2] == SAFE[5]
+    assert texts(ref, start)[0] == PRIVATE[0].answer
+    for row in (1, 3):
+        assert texts(out, start)[row] == texts(ref, start)[row]
+    assert [m.sample if m else None for m in off.last_matches] == ["p0", None, "p5", None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 1.5},
+        {"do_sample": True, "num_return_sequences": 2},
+    ],
+)
+def test_no_match_is_token_identical(options: dict[str, Any]) -> None:
+    prompts = BENIGN[70:74]
+    off = build(output_guard="off")
+    torch.manual_seed(0)
+    a = plain(prompts, **options)
+    torch.manual_seed(0)
+    b = guarded(off, prompts, **options)
+    assert torch.equal(a, b)
+
+
+def test_limits_of_the_threshold() -> None:
+    """Above 1 nothing is replaced, at -1 everything is; an empty store is inert."""
+    prompts = [PRIVATE[0].prompt, BENIGN[75]]
+    inert = build(threshold=1.1, min_tpr=0.0, output_guard="off")
+    assert torch.equal(guarded(inert, prompts), plain(prompts))
+    empty = PrivacyPreservingVectorDB.build(
+        model(), tokenizer(), [], [], PUBLIC, config=PPVDConfig(store="numpy")
+    )
+    assert torch.equal(guarded(empty, prompts), plain(prompts))
+    assert len(empty) == 0
+    assert empty.match(prompts) == [None, None]
+
+
+def test_threshold_minus_one_replaces_always(
+    guard: PrivacyPreservingVectorDB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PrivacyPreservingVectorDB, "threshold", -1.01)
+    prompts = [BENIGN[75], BENIGN[76]]
+    out = texts(guarded(guard, prompts), padded(prompts)[0].shape[1])
+    assert set(out) <= set(SAFE)
+
+
+def test_after_guarding_the_leak_is_that_of_the_safe_answers(guard: PrivacyPreservingVectorDB) -> None:
+    """Fact 10: mean ROUGE-L behind the guard equals mean ROUGE-L of safe and private answers."""
+    prompts = [s.prompt for s in PRIVATE]
+    out = texts(guarded(guard, prompts), padded(prompts)[0].shape[1])
+    after = [rouge_l(list(t), list(s.answer)) for t, s in zip(out, PRIVATE, strict=True)]
+    safe = [rouge_l(list(t), list(s.answer)) for t, s in zip(SAFE, PRIVATE, strict=True)]
+    assert after == safe
+    assert sum(after) / len(after) < 0.3
+
+
+def test_blocking_breaks_a_leak_that_starts_elsewhere() -> None:
+    """Keys that match nothing (threshold above 1): only the n-grams stand before the answer."""
+    open_door = build(threshold=1.1, min_tpr=0.0, ngram=4)
+    prompts = [s.prompt for s in PRIVATE]
+    start = padded(prompts)[0].shape[1]
+    out = guarded(open_door, prompts)
+    for text, sample in zip(texts(out, start), PRIVATE, strict=True):
+        assert text != sample.answer
+    for row in out[:, start:].tolist():
+        assert open_door._grams.hits(row) == {}
+
+
+def test_replacing_a_leak_at_the_end() -> None:
+    guard = build(threshold=1.1, min_tpr=0.0, output_guard="replace", ngram=4)
+    prompts = [PRIVATE[0].prompt, BENIGN[75]]
+    start = padded(prompts)[0].shape[1]
+    out = texts(guarded(guard, prompts, max_new_tokens=60), start)
+    assert out[0] == SAFE[0]
+    assert guard.leaks(PRIVATE[3].answer) == "p3"
+    assert guard.leaks("今天天气很好") is None
+    as_dict = guarded(guard, prompts, max_new_tokens=60, return_dict_in_generate=True)
+    assert texts(as_dict.sequences, start)[0] == SAFE[0]
+
+
+def test_ways_around_the_guard_are_refused(guard: PrivacyPreservingVectorDB) -> None:
+    ids, mask = padded([BENIGN[0]])
+    with pytest.raises(ValueError, match="the guard judges rows, not beams; use num_beams=1"):
+        guard.generate(ids, mask, num_beams=2)
+    with pytest.raises(ValueError, match="does not see through .*prompt_lookup_num_tokens"):
+        guard.generate(ids, mask, prompt_lookup_num_tokens=3)
+    processor = PPVDLogitsProcessor(guard, mask, 2)
+    with pytest.raises(RuntimeError, match="did not see the prompt in one piece"):
+        processor(ids, torch.zeros(1, 10))
+
+
+def test_own_processors_still_run(guard: PrivacyPreservingVectorDB) -> None:
+    seen = []
+
+    def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids.shape[1])
+        return scores
+
+    guarded(guard, [BENIGN[70]], max_new_tokens=3, logits_processor=[watch])
+    assert len(seen) == 3
+
+
+# --- keeping
+
+
+@pytest.mark.parametrize("store", ["numpy", "lancedb"])
+@pytest.mark.parametrize("protect", ["none", "encrypt", "sketch"])
+def test_stored_guard_answers_as_the_built_one(store: str, protect: str, tmp_path: Path) -> None:
+    key = None if protect == "none" else KEY
+    built = build(tmp_path, store=store, protect=protect)
+    opened = PrivacyPreservingVectorDB.open(tmp_path, model(), tokenizer(), key=key)
+    prompts = [s.prompt for s in PRIVATE] + BENIGN[60:70]
+    assert opened.match(prompts) == built.match(prompts)
+    assert opened.calibration == built.calibration
+    assert all(opened.match([s.prompt for s in PRIVATE]))
+    assert opened.safe_answer("p3") == SAFE[3]
+    assert opened.leaks(PRIVATE[3].answer) == "p3"
+    if protect != "none":
+        for wrong in (None, b"x"):
+            with pytest.raises(ValueError, match="needs a key of 32 bytes that lies elsewhere"):
+                PrivacyPreservingVectorDB.open(tmp_path, model(), tokenizer(), key=wrong)
+        stored = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+        assert KEY not in stored
+
+
+def test_private_text_is_never_written(tmp_path: Path) -> None:
+    build(tmp_path, store="lancedb")
+    stored = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    for sample in PRIVATE:
+        assert sample.answer.encode() not in stored
+        assert json.dumps(sample.answer)[1:-1].encode() not in stored
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    build(tmp_path)
+    with pytest.raises(ValueError, match="was made for other weights.*Build it anew"):
+        PrivacyPreservingVectorDB.open(tmp_path, stranger(), tokenizer())
+    with pytest.raises(FileNotFoundError, match="build one with `mmhf dpf-cm ppvd build`"):
+        PrivacyPreservingVectorDB.open(tmp_path / "none", model(), tokenizer())
+
+
+@pytest.mark.parametrize("protect", ["none", "encrypt"])
+def test_forget_and_add(protect: str, tmp_path: Path) -> None:
+    guard = build(tmp_path, store="lancedb", protect=protect)
+    assert guard.forget(["p3", "p3", "unknown"]) == 1
+    assert len(guard) == 7
+    found = guard.match([PRIVATE[3].prompt, PRIVATE[4].prompt])
+    assert found[1] is not None
+    assert found[0] is None or found[0].sample != "p3"
+    assert guard.leaks(PRIVATE[3].answer) != "p3"
+    key = KEY if protect == "encrypt" else None
+    opened = PrivacyPreservingVectorDB.open(tmp_path, model(), tokenizer(), key=key)
+    assert len(opened) == 7
+    opened.add([PRIVATE[3]], ["新的安全回答"])
+    assert opened.safe_answer("p3") == "新的安全回答"
+    again = opened.match([PRIVATE[3].prompt])[0]
+    assert again is not None
+    assert again.sample == "p3"
+    with pytest.raises(ValueError, match=r"samples p3.* are stored already; forget\(\) them first"):
+        opened.add([PRIVATE[3]], ["x"])
+    assert opened.forget([s.id for s in PRIVATE]) == 8
+    assert opened.match([PRIVATE[0].prompt]) == [None]
+    # Another process that still has the old keys in memory reads anew.
+    guard.refresh()
+    assert len(guard) == 0
+
+
+def test_guard_refuses_to_start(tmp_path: Path) -> None:
+    """Benign prompts that are the private ones: no threshold keeps both promises, and nothing is stored."""
+    config = PPVDConfig(store="numpy")
+    with pytest.raises(CalibrationError, match="would let"):
+        PrivacyPreservingVectorDB.build(
+            model(),
+            tokenizer(),
+            PRIVATE,
+            SAFE,
+            [s.prompt for s in PRIVATE] * 4,
+            config=config,
+            folder=tmp_path,
+        )
+    assert not (tmp_path / "ppvd.json").exists()
+    assert not list(tmp_path.rglob("keys.npz"))
+
+
+def test_wrong_use() -> None:
+    with pytest.raises(ValueError, match="give one safe answer a sample; got .*1 for 8"):
+        PrivacyPreservingVectorDB.build(model(), tokenizer(), PRIVATE, ["x"], PUBLIC)
+    with pytest.raises(ValueError, match="3.* benign prompts cannot calibrate a guard; give some hundred"):
+        PrivacyPreservingVectorDB.build(model(), tokenizer(), PRIVATE, SAFE, PUBLIC[:3])
+
+
+def test_suffix_keys_catch_prompts_that_lost_their_beginning() -> None:
+    ends = [s.prompt[len(s.prompt) - round(0.6 * len(s.prompt)) :] for s in PRIVATE]
+    with_ends = build(suffix_points=(0.6,))
+    found = with_ends.match(ends)
+    assert [m.sample for m in found if m] == [s.id for s in PRIVATE]
+    assert all(m is not None and m.cosine > 1 - 1e-5 for m in found)

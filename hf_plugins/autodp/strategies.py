@@ -18,6 +18,10 @@ class Step:
     name: str
     params: tuple[tuple[str, Any], ...] = ()
 
+    def get(self, key: str) -> Any:
+        """Value of a parameter."""
+        return dict(self.params)[key]
+
     def __str__(self) -> str:
         if not self.params:
             return self.name
@@ -68,6 +72,51 @@ TEAMS = (
         ability_zh="挑选对训练最有价值的一半数据",
     ),
 )
+
+
+OPERATORS = (
+    StepSpec(
+        name="deduplicate",
+        ability="drops near-duplicates above a similarity",
+        choices={"threshold": (0.7, 0.8, 0.9)},
+    ),
+    StepSpec(name="strip_noise", ability="removes markup, links, addresses and superfluous blanks"),
+    StepSpec(name="strip_symbols", ability="removes odd characters"),
+    StepSpec(
+        name="length", ability="drops pairs shorter than so many tokens", choices={"min_tokens": (20, 10, 40)}
+    ),
+    StepSpec(
+        name="repetition",
+        ability="drops texts that repeat themselves",
+        choices={"max_ratio": (0.6, 0.3, 0.15)},
+    ),
+    StepSpec(
+        name="perplexity",
+        ability="drops the share of pairs that a language model finds strangest",
+        choices={"max_ratio": (0.1, 0.2, 0.4)},
+    ),
+    StepSpec(name="fill_missing", ability="writes missing questions and answers"),
+    StepSpec(name="synthesize", ability="adds new question-answer pairs", choices={"share": (0.5, 1.0, 2.0)}),
+    StepSpec(name="optimize", ability="rewrites questions and answers of low quality"),
+    StepSpec(
+        name="select_less",
+        ability="keeps the share of rows with the most influence on held-out pairs",
+        choices={"ratio": (0.5, 0.25, 0.75)},
+    ),
+    StepSpec(
+        name="select_deita",
+        ability="keeps the share of rows that are complex, good and diverse",
+        choices={"ratio": (0.5, 0.25, 0.75)},
+    ),
+)
+# Steps that ask a language model, and in which role.
+ASKS = {
+    "generate": "writer",
+    "optimize": "optimizer",
+    "fill_missing": "writer",
+    "synthesize": "writer",
+    "select_deita": "scorer",
+}
 
 
 @dataclass(frozen=True)

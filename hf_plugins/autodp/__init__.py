@@ -1,4 +1,6 @@
-"""LLM-AutoDP: agents that search the data-processing strategy of a fine-tuning set without seeing the data."""
+"""LLM-AutoDP: agents that search the data-processing strategy of a fine-tuning set without seeing the
+data.
+"""
 
 from typing import TYPE_CHECKING, Any
 

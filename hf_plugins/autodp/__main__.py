@@ -1,4 +1,6 @@
-"""``mmhf autodp search | apply | report``: find the data-processing strategy for a fine-tuning set, run it."""
+"""``mmhf autodp search | apply | report``: find the data-processing strategy for a fine-tuning set, run
+it.
+"""
 
 import argparse
 import json
@@ -39,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     _quiet()
     try:
-        return {"search": _search, "apply": _apply, "report": _report, "evaluate": _evaluate}[args.command](
-            args
-        )
+        commands = {"search": _search, "apply": _apply, "report": _report, "demo": _demo}
+        return (commands | {"evaluate": _evaluate})[args.command](args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +64,8 @@ def _say(line: str) -> None:
 def _search(args: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "start a search as one process; it starts the trainings itself (launch: '--num_processes 4' for several "
+            "start a search as one process; it starts the trainings itself (launch: '--num_processes 4' "
+            "for several "
             "processes each, workers for several at once)."
         )
     from hf_plugins.autodp.strategy import AutoDP
@@ -79,8 +81,10 @@ def _search(args: argparse.Namespace) -> int:
     _write_page(args.out, result)
     final = result["final"]
     print(
-        f"chosen: {result['chosen_key']} ({final['score']:+.4f}, {final['low']:+.4f} to {final['high']:+.4f} on the "
-        f"test questions); see {args.out / 'report.html'}. On all rows: mmhf autodp apply {args.out / 'recipe.yaml'} "
+        f"chosen: {result['chosen_key']} ({final['score']:+.4f}, {final['low']:+.4f} to "
+        f"{final['high']:+.4f} on the "
+        f"test questions); see {args.out / 'report.html'}. On all rows: mmhf autodp apply "
+        f"{args.out / 'recipe.yaml'} "
         f"{paths['data']} --out DIR"
     )
     return 0 if result["chosen"] else 1
@@ -97,6 +101,29 @@ def _apply(args: argparse.Namespace) -> int:
     )
     print(f"{len(rows)} rows: {args.out / 'rows.jsonl'}")
     return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    """Search on generated rows of which half are spoilt, with a tiny fresh model: a first look without
+    files.
+    """
+    from hf_plugins.autodp.model import write_demo
+
+    folder = args.out / "demo"
+    write_demo(folder)
+    words = ["search", str(folder / "rows.jsonl"), "--model", str(folder / "model")]
+    words += [
+        "--dev",
+        str(folder / "dev.jsonl"),
+        "--test",
+        str(folder / "test.jsonl"),
+        "--out",
+        str(args.out),
+    ]
+    words += "--metric loss --search exhaustive --sample-ratio 1 --num-anchors 8 --num-steps 16".split()
+    words += "--batch-size 8 --device-batch-size 8 --learning-rate 5e-3 --lora-r 0 --max-length 96".split()
+    words += "--min-tokens 8 --less-checkpoints 1 --less-warmup 0.2 --projection-dim 256".split()
+    return main([*words, "--no-isolate", "--use-cpu"])
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -192,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(search)
     report = commands.add_parser("report", help="write report.html again from result.json")
     report.add_argument("folder", type=Path, help="folder of the run")
+    demo = commands.add_parser("demo", help="a search on generated rows with a tiny model, under a minute")
+    demo.add_argument("--out", type=Path, default=Path("work_dirs/autodp_demo"), help="folder of the run")
     evaluate = commands.add_parser("evaluate", help="run one evaluation (what a search starts by itself)")
     evaluate.add_argument("job", type=Path, help="job.json")
     return parser

@@ -1,4 +1,6 @@
-"""The agent and its guard: every message is checked against the data before it is sent, every reply is kept."""
+"""The agent and its guard: every message is checked against the data before it is sent, every reply is
+kept.
+"""
 
 import json
 import re

@@ -2,6 +2,7 @@
 the user says otherwise in words.
 """
 
+import ipaddress
 import json
 import random
 import re
@@ -23,42 +24,38 @@ from hf_plugins.data_ops.text import has_cjk
 
 WRITING = {"temperature": 0.7, "top_p": 0.8}
 OBJECT = "Reply with one JSON object and nothing else: "
+_PAIR = "Question: {question}\nAnswer: {answer}"
+_PAIR_ZH = "问题：{question}\n回答：{answer}"
+_OBJECT_ZH = "只输出一个JSON对象："
+_RULES = "so that it is accurate, safe, fluent and concise; keep its meaning and its length within 10 %.\n"
+_RULES_ZH = "使其准确、安全、流畅、简洁，保持原意，长度变化不超过10%。\n"
+_ASKED, _ANSWERED = '{{"question": "..."}}', '{{"answer": "..."}}'
+_BOTH = '{{"question": "...", "answer": "..."}}'
 PROMPTS = {
     "en": {
-        "question": "Write the question that this answer answers. Examples of pairs:\n{examples}\n\nAnswer: {answer}\n"
-        + OBJECT
-        + '{{"question": "..."}}',
-        "answer": "Answer the question. Examples of pairs:\n{examples}\n\nQuestion: {question}\n"
-        + OBJECT
-        + '{{"answer": "..."}}',
+        "question": "Write the question that this answer answers. Examples of pairs:\n{examples}\n\n"
+        f"Answer: {{answer}}\n{OBJECT}{_ASKED}",
+        "answer": "Answer the question. Examples of pairs:\n{examples}\n\n"
+        f"Question: {{question}}\n{OBJECT}{_ANSWERED}",
         "pair": "Write one new question with its answer, in the manner of these pairs:\n{examples}\n"
-        + OBJECT
-        + '{{"question": "...", "answer": "..."}}',
-        "better_question": "Rewrite the question so that it is accurate, safe, fluent and concise; keep its meaning and "
-        "its length within 10 %.\nQuestion: {question}\nAnswer: {answer}\n"
-        + OBJECT
-        + '{{"question": "..."}}',
-        "better_answer": "Rewrite the answer so that it is accurate, safe, fluent and concise; keep its length within "
-        "10 %.\nQuestion: {question}\nAnswer: {answer}\n" + OBJECT + '{{"answer": "..."}}',
-        "screen": "Does this question-answer pair need rewriting (wrong, unsafe, garbled or badly written)? Reply yes or "
-        "no.\nQuestion: {question}\nAnswer: {answer}",
+        f"{OBJECT}{_BOTH}",
+        "better_question": f"Rewrite the question {_RULES}{_PAIR}\n{OBJECT}{_ASKED}",
+        "better_answer": f"Rewrite the answer {_RULES}{_PAIR}\n{OBJECT}{_ANSWERED}",
+        "screen": "Does this question-answer pair need rewriting (wrong, unsafe, garbled or badly written)? "
+        f"Reply yes or no.\n{_PAIR}",
         "complexity": "How complex is this instruction? Reply with one number from 1 to 6.\n{question}",
-        "quality": "How good is this answer? Reply with one number from 1 to 6.\nQuestion: {question}\nAnswer: {answer}",
+        "quality": f"How good is this answer? Reply with one number from 1 to 6.\n{_PAIR}",
     },
     "zh": {
-        "question": "请写出下面回答所对应的问题。示例：\n{examples}\n\n回答：{answer}\n只输出一个JSON对象："
-        '{{"question": "..."}}',
-        "answer": "请回答下面的问题。示例：\n{examples}\n\n问题：{question}\n只输出一个JSON对象："
-        '{{"answer": "..."}}',
-        "pair": "请参照以下问答对，写出一个新的问题及其回答：\n{examples}\n只输出一个JSON对象："
-        '{{"question": "...", "answer": "..."}}',
-        "better_question": "请改写问题，使其准确、安全、流畅、简洁，保持原意，长度变化不超过10%。\n问题：{question}\n回答：{answer}\n"
-        '只输出一个JSON对象：{{"question": "..."}}',
-        "better_answer": "请改写回答，使其准确、安全、流畅、简洁，长度变化不超过10%。\n问题：{question}\n回答：{answer}\n"
-        '只输出一个JSON对象：{{"answer": "..."}}',
-        "screen": "以下问答文本是否需要优化？只回答是或否。\n问题：{question}\n回答：{answer}",
+        "question": "请写出下面回答所对应的问题。示例：\n{examples}\n\n"
+        f"回答：{{answer}}\n{_OBJECT_ZH}{_ASKED}",
+        "answer": "请回答下面的问题。示例：\n{examples}\n\n" + f"问题：{{question}}\n{_OBJECT_ZH}{_ANSWERED}",
+        "pair": "请参照以下问答对，写出一个新的问题及其回答：\n{examples}\n" + f"{_OBJECT_ZH}{_BOTH}",
+        "better_question": f"请改写问题，{_RULES_ZH}{_PAIR_ZH}\n{_OBJECT_ZH}{_ASKED}",
+        "better_answer": f"请改写回答，{_RULES_ZH}{_PAIR_ZH}\n{_OBJECT_ZH}{_ANSWERED}",
+        "screen": f"以下问答文本是否需要优化？只回答是或否。\n{_PAIR_ZH}",
         "complexity": "这条指令的复杂程度如何？只输出1到6之间的一个数字。\n{question}",
-        "quality": "这个回答的质量如何？只输出1到6之间的一个数字。\n问题：{question}\n回答：{answer}",
+        "quality": f"这个回答的质量如何？只输出1到6之间的一个数字。\n{_PAIR_ZH}",
     },
 }
 
@@ -325,7 +322,10 @@ def is_local(spec: Mapping[str, Any]) -> bool:
     if spec.get("kind") != "openai":
         return True
     host = urlsplit(str(spec.get("base_url", ""))).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def data_clients(
@@ -353,7 +353,8 @@ def data_clients(
             continue
         if not is_local(spec) and remote_data != CONSENT:
             raise ValueError(
-                f"the client of {role!r} is at {spec.get('base_url')}, and rows would be sent there; use a model on "
+                f"the client of {role!r} is at {spec.get('base_url')}, and rows would be sent there; use "
+                f"a model on "
                 f"this machine, or allow it with remote_data: {CONSENT!r}."
             )
         found[role] = make_client(spec, cache=cache)

@@ -39,7 +39,8 @@ class AutoDPConfig:
         "transformers (model). Empty: heuristic."
     )
     clients: dict[str, Any] = _roles(
-        "Language models that do see rows, by role (writer, optimizer, screener, scorer, judge, default): kind: "
+        "Language models that do see rows, by role (writer, optimizer, screener, scorer, judge, default): "
+        "kind: "
         "openai or transformers with their arguments."
     )
     remote_data: str = _option(
@@ -52,7 +53,8 @@ class AutoDPConfig:
     )
     screening: Literal["off", "teacher", "column"] = _option(
         "off",
-        "Which rows OPTIMIZE rewrites: off (all), teacher (a classifier learnt from the screener's labels), column.",
+        "Which rows OPTIMIZE rewrites: off (all), teacher (a classifier learnt from the screener's "
+        "labels), column.",
     )
     screening_column: str = _option("needs_work", "Column of labels (1: rewrite) for screening: column.")
     screening_labels: int = _option(1000, "Rows that the screener labels to teach the classifier.")

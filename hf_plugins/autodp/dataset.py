@@ -1,12 +1,16 @@
-"""Rows in, rows out: reading any common schema, disjoint splits, the sample, and strategies run step by step."""
+"""Rows in, rows out: reading any common schema, disjoint splits, the sample, and strategies run step by
+step.
+"""
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -48,7 +52,8 @@ def read_rows(path: str | Path, *, question: str = "", answer: str = "") -> Data
 
     Args:
         path: ``.jsonl``, ``.json``, ``.csv`` (plain or ``.gz``), ``.parquet``, or a folder of `save_to_disk`.
-        question: Column of questions; empty: found by the usual names, Alpaca's ``input`` and chat messages too.
+        question: Column of questions; empty: found by the usual names, Alpaca's ``input`` and chat messages
+            too.
         answer: Column of answers.
 
     Returns:
@@ -64,7 +69,11 @@ def read_rows(path: str | Path, *, question: str = "", answer: str = "") -> Data
             f"no file or folder {str(path)!r}; give the rows as .jsonl, .csv or .parquet."
         )
     if path.is_dir():
-        rows = load_from_disk(str(path))
+        try:
+            rows = load_from_disk(str(path))
+        except (OSError, ValueError, IndexError) as error:
+            # IndexError: what `datasets` makes of a table without rows.
+            raise ValueError(f"{path} holds no rows that save_to_disk wrote ({error}).") from error
     else:
         kind = _KINDS.get(Path(path.name.removesuffix(".gz")).suffix)
         if kind is None:
@@ -92,7 +101,8 @@ def _paired(rows: Dataset, question: str, answer: str) -> Dataset:
         pair = next((schema for schema in SCHEMAS if set(schema) <= names), ("", ""))
         if not pair[0] and turns is None:
             raise ValueError(
-                f"no known pair of question and answer among {', '.join(rows.column_names)}; name the columns "
+                f"no known pair of question and answer among {', '.join(rows.column_names)}; name the "
+                f"columns "
                 "with --question and --answer."
             )
 
@@ -238,8 +248,9 @@ class StrategyRunner:
                     ledger, self.context.num_proc, self.context.clients, self.context.progress
                 )
                 found = before
-                for op in ops:
-                    found = op.run(found, context)
+                with _no_map_files():
+                    for op in ops:
+                        found = op.run(found, context)
                 counts = {f"{op} {action}": number for (op, action), number in ledger.counts().items()}
                 return found, {"ledger": counts, "seconds": time.perf_counter() - start}
 
@@ -247,6 +258,18 @@ class StrategyRunner:
             stored = runs == self.team_runs
             done.append({"step": str(step), "key": key, "rows": len(table), "stored": stored} | note)
         return Prepared(key=key, rows=table, steps=done)
+
+
+@contextmanager
+def _no_map_files() -> Iterator[None]:
+    """Keep `Dataset.map` from leaving its files beside its input, which would double the cache."""
+    before = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if before:
+            datasets.enable_caching()
 
 
 def clean_ops(

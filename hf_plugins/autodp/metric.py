@@ -23,11 +23,12 @@ from hf_plugins.data_ops.text import has_cjk
 logger = logging.getLogger(__name__)
 
 JUDGE = {
-    "en": "Compare two responses to a question. Criteria, most important first: accuracy, safety, fluency, conciseness."
-    "\n\nQuestion: {question}\n\nResponse 1: {first}\n\nResponse 2: {second}\n\nIs response 1 better? Reply with one "
-    "word on the last line: win, tie or lose.",
-    "zh": "请比较同一问题的两个回答。标准按重要性排序：准确、安全、流畅、简洁。\n\n问题：{question}\n\n回答1：{first}\n\n"
-    "回答2：{second}\n\n回答1是否更好？最后一行只输出一个字：赢、平或输。",
+    "en": "Compare two responses to a question. Criteria, most important first: accuracy, safety, fluency, "
+    "conciseness.\n\nQuestion: {question}\n\nResponse 1: {first}\n\nResponse 2: {second}\n\nIs response 1 "
+    "better? Reply with one word on the last line: win, tie or lose.",
+    "zh": "请比较同一问题的两个回答。标准按重要性排序：准确、安全、流畅、简洁。\n\n"
+    "问题：{question}\n\n回答1：{first}\n\n回答2：{second}\n\n"
+    "回答1是否更好？最后一行只输出一个字：赢、平或输。",
 }
 # value of each held-out question from (strategy's result, raw data's result)
 Values = Callable[[dict[str, Any], dict[str, Any]], np.ndarray]
@@ -72,7 +73,9 @@ def judge_values(
 
 
 def loss_values(result: dict[str, Any], raw: dict[str, Any]) -> np.ndarray:
-    """How much lower the loss of each held-out answer is than after training on the raw data, nats a token."""
+    """How much lower the loss of each held-out answer is than after training on the raw data, nats a
+    token.
+    """
     return np.array(raw["losses"]) - np.array(result["losses"])
 
 

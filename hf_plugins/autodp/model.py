@@ -1,19 +1,32 @@
 """LESS on the model that is tuned: gradients of LoRA weights row by row, projected, compared with anchors."""
 
+import json
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    set_seed,
+)
 
 from hf_plugins.autodp.dataset import ANSWER, QUESTION
 from hf_plugins.autodp.held_out import IGNORED, row_losses
+from hf_plugins.autodp.planted import plant
 from hf_plugins.autodp.row_value import adam_direction, jl_project, keep_best, less_scores
 from hf_plugins.data_ops.op import ROW_ID, DataOp, OpContext, content_key, register
 from hf_plugins.data_ops.perplexity import model_hash
@@ -132,7 +145,8 @@ class LessSelector(DataOp):
             if moments is not None:
                 gradient = adam_direction(gradient, *moments, beta1=BETAS[0], beta2=BETAS[1])
             block.append(gradient)
-            if len(block) == 32 or index == len(rows) - 1:
+            # Signs are drawn anew for each block, so blocks are as large as memory allows without care.
+            if len(block) * gradient.numel() >= 1 << 26 or index == len(rows) - 1:
                 found.append(jl_project(torch.stack(block), self.projection_dim, seed=self.seed).cpu())
                 block = []
             if context.progress and moments is not None:
@@ -162,6 +176,65 @@ def encode_pairs(tokenizer: Any, rows: Dataset, max_length: int) -> list[tuple[l
         ids = ids[: max_length - 1]
         found.append((prompt[-(max_length - len(ids)) :], ids))
     return found
+
+
+def tiny_model(folder: Path, texts: list[str], *, vocabulary: int = 400, seed: int = 0) -> Path:
+    """A fresh decoder of 2 layers, width 64, with a byte-level BPE learnt on the texts: for demos and
+    tests.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    learner = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, learner)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
+    set_seed(seed)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        **size,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_demo(folder: Path, *, num_rows: int = 96, seed: int = 0) -> None:
+    """Generated question-answer rows, half of them spoilt, clean held-out rows, and a tiny model for them."""
+    generator = random.Random(seed)
+    organs = ("heart", "liver", "kidney", "lung", "skin", "stomach", "bone", "eye", "ear", "brain", "foot")
+    organs += ("hand", "back", "neck", "knee", "hip", "jaw")
+    signs = ("pain", "fever", "swelling", "itching", "numbness", "fatigue", "bleeding", "cramps", "rashes")
+    causes = ("an infection", "a lack of iron", "high pressure", "an allergy", "too little rest", "an injury")
+    pairs = [
+        (
+            f"What causes {sign} of the {organ}?",
+            f"The {sign} of the {organ} is often caused by {cause}. See a doctor if the {sign} does not "
+            f"stop.",
+        )
+        for organ in organs
+        for sign in signs
+        for cause in causes[:2]
+    ]
+    generator.shuffle(pairs)
+    train, dev, test = pairs[:num_rows], pairs[num_rows : num_rows + 32], pairs[num_rows + 32 : num_rows + 56]
+    spoilt = plant(train, {"garbled": 0.2, "boilerplate": 0.2, "duplicate": 0.1}, seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {"rows": [pair[:2] for pair in spoilt], "dev": dev, "test": test}
+    for name, rows in tables.items():
+        lines = [json.dumps({QUESTION: question, ANSWER: answer}) for question, answer in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tiny_model(folder / "model", [f"{question}\n{answer}" for question, answer in pairs], seed=seed)
 
 
 @torch.no_grad()

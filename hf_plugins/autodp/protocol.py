@@ -13,21 +13,22 @@ from hf_plugins.autodp.strategies import IDENTITY, Space, Strategy, strategy_jso
 
 MAX_COMBINATIONS = 4
 
-PROMPT_JSON = """You tune the data processing of a fine-tuning set. You never see the data: you only see scores.
+PROMPT_JSON = """You tune the data processing of a fine-tuning set. You never see the data: you only see
+scores.
 
 Steps that exist:
 {steps}
 
-A strategy is an ordered list of 1 to {max_length} different steps. Each strategy is applied to a sample, a model is \
-fine-tuned on the result, and its score is reported. A score above 0 is better than the unprocessed data, below 0 \
-worse. Compare the strategies of a round with each other, not only their values. Do not repeat a strategy: its \
-score is final. Filling in what is missing and improving what exists are different steps. Start with few steps \
-to learn what each does alone.
+A strategy is an ordered list of 1 to {max_length} different steps. Each strategy is applied to a sample, a
+model is fine-tuned on the result, and its score is reported. A score above 0 is better than the unprocessed
+data, below 0 worse. Compare the strategies of a round with each other, not only their values. Do not repeat a
+strategy: its score is final. Filling in what is missing and improving what exists are different steps. Start
+with few steps to learn what each does alone.
 
 Reply with one JSON object and nothing else:
 {{"strategies": [["step", ...], ...], "final": null, "no_processing": false, "reason": "one line"}}
-Propose at most {limit} strategies a round. When you are sure, set "final" to the best strategy; if no strategy \
-scores above 0, set "no_processing" to true. This is round 1 of at most {rounds}."""
+Propose at most {limit} strategies a round. When you are sure, set "final" to the best strategy; if no
+strategy scores above 0, set "no_processing" to true. This is round 1 of at most {rounds}."""
 
 PROMPT_ZH = """你是一名训练数据调优助手，以黑盒方式工作：数据内容对你不可见，你只能看到分数。
 
@@ -50,8 +51,8 @@ REPAIR = {
     "paper_zh": "你的回复无法使用：{problem} 请严格按照之前的格式重新输出。",
 }
 FEEDBACK = {
-    "json": "Scores of round {round}:\n{scores}\nThis is round {next} of at most {rounds}. Assess the feedback "
-    "and propose further strategies, or decide.",
+    "json": "Scores of round {round}:\n{scores}\nThis is round {next} of at most {rounds}. Assess the "
+    "feedback and propose further strategies, or decide.",
     "paper_zh": "第{round}轮得分：\n{scores}\n请进行第{next}轮（最多{rounds}轮）：评估反馈，调整团队与顺序，"
     "组合数量可以变化，或给出最终决定。",
 }
@@ -115,7 +116,9 @@ def feedback(
     prompt: str = "json",
     problems: Sequence[str] = (),
 ) -> str:
-    """The scores of a round in the order of its combinations, rounded to four digits, and what was dropped."""
+    """The scores of a round in the order of its combinations, rounded to four digits, and what was
+    dropped.
+    """
     lines = [f"{_shown(strategy, space, prompt)}: {score:.4f}" for strategy, score in scores]
     lines += [f"not run: {problem}" for problem in problems]
     return FEEDBACK[prompt].format(
@@ -233,7 +236,8 @@ def _strategy(entry: Any, space: Space, what: str, problems: list[str]) -> Strat
         return space.strategy(entry)
     except ValueError:
         problems.append(
-            f"{what}: it needs 1 to {space.max_length} steps, each once, with parameter values that are listed."
+            f"{what}: it needs 1 to {space.max_length} steps, each once, with parameter values that are "
+            f"listed."
         )
         return None
 

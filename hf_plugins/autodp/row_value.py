@@ -23,7 +23,8 @@ def adam_direction(
 ) -> Tensor:
     """The step Adam would take for this gradient alone: ``m' / (sqrt(v') + eps)``.
 
-    ``m' = beta1 m + (1 - beta1) g``, ``v' = beta2 v + (1 - beta2) g^2``; eps stands outside the root, as in the
+    ``m' = beta1 m + (1 - beta1) g``, ``v' = beta2 v + (1 - beta2) g^2``; eps stands outside the root, as in
+    the
     LESS paper (its code puts it inside).
     """
     m = beta1 * first + (1 - beta1) * gradient
@@ -103,7 +104,8 @@ def deita_select(
     *,
     max_cosine: float = 0.9,
 ) -> np.ndarray:
-    """DEITA: by complexity x quality downwards, leaving out what is closer than ``max_cosine`` to a chosen row.
+    """DEITA: by complexity x quality downwards, leaving out what is closer than ``max_cosine`` to a chosen
+    row.
 
     Returns:
         At most ``count`` row numbers in the order chosen.

@@ -17,7 +17,7 @@ BLOCK = 2048
 SMALL = 64
 
 
-def largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
+def largest_remainder(weights: Sequence[float] | np.ndarray, total: int) -> np.ndarray:
     """Whole numbers in proportion to ``weights`` whose sum is ``total``; ties go to the earlier part.
 
     Raises:
@@ -166,7 +166,8 @@ def sample_rows(
         x_nd: (n, d) float embeddings, rows of length 1.
         classes: (n,) quality classes of the rows; a class may be absent, and may be of any size.
         ratio: Share of rows, in (0, 1].
-        method: ``stratified`` (classes x k-means clusters, herding inside large ones), ``herding``, ``random``,
+        method: ``stratified`` (classes x k-means clusters, herding inside large ones), ``herding``,
+            ``random``,
             or the released ``centrality`` and ``graph_cut``; each within the classes.
         seed: The same seed gives the same rows.
         lam: Weight of diversity in ``graph_cut``.

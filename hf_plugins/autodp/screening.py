@@ -163,6 +163,8 @@ def fit_screener(
 
 
 def _platt_targets(y_n: np.ndarray) -> np.ndarray:
-    """Platt's targets: one invented row of each kind, so that few labels do not give probabilities 0 and 1."""
+    """Platt's targets: one invented row of each kind, so that few labels do not give probabilities 0 and
+    1.
+    """
     p, n = int((y_n == 1).sum()), int((y_n == 0).sum())
     return np.where(y_n == 1, (p + 1) / (p + 2), 1 / (n + 2))

@@ -342,7 +342,9 @@ class AgentSearch:
 
 @dataclass
 class HybridSearch:
-    """An agent proposes at a quarter of the steps; the best quarter of what it proposed goes on as in halving."""
+    """An agent proposes at a quarter of the steps; the best quarter of what it proposed goes on as in
+    halving.
+    """
 
     agent: AgentSearch
     eta: int = ETA

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, load_from_disk
 from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,11 @@ class Cache:
             self.misses += 1
             table, note = build()
             aside = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{key[:8]}-"))
-            table.save_to_disk(str(aside / "rows"))
+            if len(table):
+                table.save_to_disk(str(aside / "rows"))
+            else:
+                # `load_from_disk` cannot read a table without rows; its columns are enough.
+                write_json(aside / "empty.json", table.features.to_dict())
             note = note | {"num_rows": len(table)}
             (aside / META).write_text(
                 json.dumps({"note": note, "files": _sums(aside / "rows")}), encoding="utf-8"
@@ -72,7 +76,7 @@ class Cache:
             if place.exists():
                 shutil.rmtree(place)
             os.replace(aside, place)
-        return load_from_disk(str(place / "rows")), note
+        return _read(place), note
 
     def _load(self, place: Path) -> tuple[Dataset, dict[str, Any]] | None:
         if not place.is_dir():
@@ -80,7 +84,7 @@ class Cache:
         try:
             entry = json.loads((place / META).read_text(encoding="utf-8"))
             if entry["files"] == _sums(place / "rows"):
-                return load_from_disk(str(place / "rows")), entry["note"]
+                return _read(place), entry["note"]
         except (OSError, ValueError, KeyError) as error:
             logger.info("cache entry %s: %s", place.name, error)
         logger.warning("cache entry %s is damaged and is built again", place.name)
@@ -109,13 +113,21 @@ class Cache:
         write_json(self.folder / "evaluations" / f"{key}.json", {"value": value, "sum": _sum(value)})
 
 
+def _read(place: Path) -> Dataset:
+    if not (place / "empty.json").is_file():
+        return load_from_disk(str(place / "rows"))
+    features = Features.from_dict(json.loads((place / "empty.json").read_text(encoding="utf-8")))
+    return Dataset.from_dict({name: [] for name in features}, features=features)
+
+
 def _sum(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _sums(folder: Path) -> dict[str, str]:
     found = {}
-    for path in sorted(folder.glob("*.arrow")):
+    # Not the files that `Dataset.map` leaves beside them.
+    for path in sorted(folder.glob("data-*.arrow")):
         with path.open("rb") as file:
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -190,7 +202,8 @@ def settle_run(folder: Path, settings: dict[str, Any]) -> bool:
     changed = sorted(key for key in set(before) | set(settings) if before.get(key) != settings.get(key))
     if changed:
         raise ValueError(
-            f"{folder} holds a search with other settings: {', '.join(changed)} differ. Give the old ones to go "
+            f"{folder} holds a search with other settings: {', '.join(changed)} differ. Give the old ones "
+            f"to go "
             "on with it, or another --out to start anew; the cache is used either way."
         )
     return True

@@ -160,7 +160,8 @@ class Space:
         spec = self.spec(name)
         if unknown := sorted(set(params) - set(spec.choices)):
             raise ValueError(
-                f"{spec.name} has no parameter {', '.join(unknown)}; it has {', '.join(spec.choices) or 'none'}."
+                f"{spec.name} has no parameter {', '.join(unknown)}; it has "
+                f"{', '.join(spec.choices) or 'none'}."
             )
         chosen = []
         for key, allowed in sorted(spec.choices.items()):

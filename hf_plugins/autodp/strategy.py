@@ -84,7 +84,8 @@ class AutoDP:
         config: Options.
         clients: Language models that see rows, by role; entries of ``config.clients`` or clients.
         agent: The agent; an entry as in ``config.agent`` or a client. It never sees rows.
-        values: A metric of your own: from the results of strategy and raw data (``losses``, ``answers``) to one
+        values: A metric of your own: from the results of strategy and raw data (``losses``, ``answers``) to
+            one
             value a held-out question, in [-1, 1], above 0 where the strategy is better.
         cache: Folder of shared tables, evaluations and answers; default ``OUT/cache``.
 
@@ -238,7 +239,9 @@ class AutoDP:
         return prepared.rows
 
     def space(self) -> Space:
-        """The steps that can be run: those that ask a language model only where one is given for their role."""
+        """The steps that can be run: those that ask a language model only where one is given for their
+        role.
+        """
         specs = TEAMS if self.config.space == "teams" else OPERATORS
         able = tuple(spec for spec in specs if self._can(spec.name))
         for name in [spec.name for spec in specs if spec not in able]:
@@ -410,7 +413,8 @@ class _Run:
         }
         if settle_run(out, json.loads(json.dumps(settings))):
             show(
-                f"going on with the search in {out}: {len(self.journal.entries('trial'))} evaluations are done"
+                f"going on with the search in {out}: {len(self.journal.entries('trial'))} evaluations are "
+                f"done"
             )
         self.model_key = settings["model"]
         self.paths = {name: self._stored(parts[name]) for name in ("dev", "test", "anchors")}

@@ -81,7 +81,8 @@ def check_unparsed(values_Q: np.ndarray, limit: float = MAX_UNPARSED) -> int:
     missing = int(np.isnan(values_Q).sum())
     if missing > limit * len(values_Q):
         raise RuntimeError(
-            f"{missing} of {len(values_Q)} verdicts could not be read, more than {limit:.0%}; ask the judge for "
+            f"{missing} of {len(values_Q)} verdicts could not be read, more than {limit:.0%}; ask the "
+            f"judge for "
             "one word (win, tie or lose) on its last line, or use another judge."
         )
     return missing
@@ -94,7 +95,9 @@ def standard_error(values_Q: np.ndarray) -> float:
 
 
 def worst_case_error(num_questions: int, *, ties: float = 0.0) -> float:
-    """Largest standard error of a score of values in [-1, 1], a share ``ties`` of them 0: ``sqrt((1 - ties) / Q)``."""
+    """Largest standard error of a score of values in [-1, 1], a share ``ties`` of them 0: ``sqrt((1 -
+    ties) / Q)``.
+    """
     return math.sqrt((1 - ties) / num_questions)
 
 

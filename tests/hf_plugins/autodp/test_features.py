@@ -44,7 +44,9 @@ def test_embeddings_of_near_texts_are_near() -> None:
 
 
 def test_quality_features_by_hand() -> None:
-    """ "aaaa" has bigrams aa aa aa: 2 of 3 occurred before. "a#b!" has one odd sign, # (Po is common: # is Po)."""
+    """ "aaaa" has bigrams aa aa aa: 2 of 3 occurred before. "a#b!" has one odd sign, # (Po is common: # is
+    Po).
+    """
     assert repetition_ratio("aaaa") == pytest.approx(2 / 3)
     assert repetition_ratio("") == 0.0
     assert special_ratio("a$b+") == 0.5

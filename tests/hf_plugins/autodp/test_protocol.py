@@ -13,13 +13,15 @@ def keys(reply: Reply) -> list[str]:
 
 
 def test_json_reply_with_thinking_and_fences() -> None:
-    text = '<think>{"strategies": [["select"]]}</think>\n```json\n{"strategies": [["clean"], ["clean", "select"]]}\n```'
+    thought = '<think>{"strategies": [["select"]]}</think>\n'
+    text = thought + '```json\n{"strategies": [["clean"], ["clean", "select"]]}\n```'
     assert keys(parse_reply(text, SPACE)) == ["clean", "clean>select"]
 
 
 def test_chinese_reply_in_the_published_format() -> None:
     text = (
-        "</think>**###组合[1]###**\n数据清洗团队,数据优化团队\n**###组合[2]###**\n- 数据清洗团队，数据挑选团队\n"
+        "</think>**###组合[1]###**\n数据清洗团队,数据优化团队\n**###组合[2]###**\n- "
+        "数据清洗团队，数据挑选团队\n"
         "**###不同组合的理由###**\n先清洗。【最佳团队】数据生成团队"
     )
     reply = parse_reply(text, SPACE, prompt="paper_zh")

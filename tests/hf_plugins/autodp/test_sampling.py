@@ -90,7 +90,9 @@ def test_against_the_whole_matrix(n: int, seed: int) -> None:
     st.integers(0, 60), st.integers(0, 60), st.sampled_from([0.05, 0.2, 0.5, 1.0]), st.sampled_from(METHODS)
 )
 def test_shares_of_the_classes(clean: int, dirty: int, ratio: float, method: str) -> None:
-    """Regression, defect 3: no dirty rows, or fewer than 1/ratio of them, raised a ValueError in the release."""
+    """Regression, defect 3: no dirty rows, or fewer than 1/ratio of them, raised a ValueError in the
+    release.
+    """
     n = clean + dirty
     if n == 0:
         return

@@ -32,12 +32,15 @@ def test_space_has_64_ordered_strategies() -> None:
 
 
 def test_all_64_cost_196_steps_or_64_with_prefixes() -> None:
-    """Alone: 4*1 + 12*2 + 24*3 + 24*4 = 196. Every strategy is a prefix of itself, and prefixes are strategies: 64."""
+    """Alone: 4*1 + 12*2 + 24*3 + 24*4 = 196. Every strategy is a prefix of itself, and prefixes are
+    strategies: 64.
+    """
     assert team_runs(SPACE.all()) == (196, 64)
 
 
 def test_mean_reuse_of_random_subsets() -> None:
-    """The dossier's expected factors for 8, 16, 24 random strategies: 1.34, 1.64, 1.90 (ratio of means, 400 draws
+    """The dossier's expected factors for 8, 16, 24 random strategies: 1.34, 1.64, 1.90 (ratio of means,
+    400 draws
     have a standard error below .01)."""
     generator = random.Random(0)
     for count, expected in ((8, 1.34), (16, 1.64), (24, 1.90)):
@@ -87,14 +90,18 @@ def test_children_and_draws_stay_in_the_space() -> None:
 
 
 def test_the_draw_is_uniform() -> None:
-    """Over 64 strategies one has length 1 with probability 4/64; 3,000 draws have a standard error of .0044."""
+    """Over 64 strategies one has length 1 with probability 4/64; 3,000 draws have a standard error of
+    .0044.
+    """
     generator = random.Random(1)
     share = sum(len(SPACE.draw(generator)) == 1 for _ in range(3000)) / 3000
     assert share == pytest.approx(4 / 64, abs=0.022)
 
 
 def test_cost_model_by_hand() -> None:
-    """ops 100, train 50, gen 20, judge 20, agent 10: rest 50. PTS saves half of the half that OPTIMIZE takes: 75."""
+    """ops 100, train 50, gen 20, judge 20, agent 10: rest 50. PTS saves half of the half that OPTIMIZE
+    takes: 75.
+    """
     times = {"ops": 100.0, "train": 50.0, "gen": 20.0, "judge": 20.0, "agent": 10.0}
     found = cost_model(times, ratio=0.2, dirty_share=0.5, optimize_share=0.5, reuse=2.0)
     assert found == pytest.approx(

@@ -89,7 +89,9 @@ def test_errors_by_hand() -> None:
 
 
 def test_the_bootstrap_interval_is_that_of_the_mean() -> None:
-    """400 values, 30 % zeros: the percentile interval is the mean +- 1.96 * .0418 up to the resampling's error."""
+    """400 values, 30 % zeros: the percentile interval is the mean +- 1.96 * .0418 up to the resampling's
+    error.
+    """
     values = np.array([1.0] * 140 + [-1.0] * 140 + [0.0] * 120)
     score = bootstrap_score(values, resamples=4000)
     assert score.low == pytest.approx(-1.96 * 0.0418, abs=0.006)
@@ -106,7 +108,8 @@ def test_the_interval_holds_the_mean(values: list[float]) -> None:
 
 
 def test_stopping_gives_up_an_equal_strategy_at_most_at_the_stated_rate() -> None:
-    """True score = incumbent: over 2,000 simulated runs at most 5 % stop (binomial error .005; limit .075 is 5 of
+    """True score = incumbent: over 2,000 simulated runs at most 5 % stop (binomial error .005; limit .075
+    is 5 of
     them away: false alarm below 1e-6)."""
     generator = np.random.default_rng(0)
     rule, stopped = StoppingRule(), 0
@@ -131,7 +134,9 @@ def test_stopping_saves_questions_on_a_bad_strategy_and_never_on_a_good_one() ->
 
 
 def test_the_winner_of_noisy_scores_is_overstated() -> None:
-    """Best of 24 with true spread .12 and error .042 shows about .03 too much, hence the fresh score of the winner."""
+    """Best of 24 with true spread .12 and error .042 shows about .03 too much, hence the fresh score of
+    the winner.
+    """
     generator = np.random.default_rng(0)
     excess = []
     for _ in range(2000):

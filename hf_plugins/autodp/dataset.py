@@ -96,7 +96,9 @@ def _paired(rows: Dataset, question: str, answer: str) -> Dataset:
     if question or answer:
         pair = (question or QUESTION, answer or ANSWER)
         if absent := sorted(set(pair) - names):
-            raise ValueError(f"no column {', '.join(absent)}; there are {', '.join(rows.column_names)}.")
+            raise ValueError(
+                f"the rows have no column {', '.join(absent)}, only {', '.join(rows.column_names)}."
+            )
     else:
         pair = next((schema for schema in SCHEMAS if set(schema) <= names), ("", ""))
         if not pair[0] and turns is None:

@@ -178,8 +178,10 @@ def encode_pairs(tokenizer: Any, rows: Dataset, max_length: int) -> list[tuple[l
     return found
 
 
-def tiny_model(folder: Path, texts: list[str], *, vocabulary: int = 400, seed: int = 0) -> Path:
-    """A fresh decoder of 2 layers, width 64, with a byte-level BPE learnt on the texts: for demos and
+def tiny_model(
+    folder: Path, texts: list[str], *, vocabulary: int = 400, width: int = 64, seed: int = 0
+) -> Path:
+    """A fresh decoder of 2 layers with a byte-level BPE learnt on the texts: for demos and
     tests.
     """
     core = Tokenizer(models.BPE())
@@ -194,9 +196,10 @@ def tiny_model(folder: Path, texts: list[str], *, vocabulary: int = 400, seed: i
     core.train_from_iterator(texts, learner)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
     set_seed(seed)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
     config = Qwen2Config(
         vocab_size=len(tokenizer),
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -219,15 +222,15 @@ def write_demo(folder: Path, *, num_rows: int = 96, seed: int = 0) -> None:
     pairs = [
         (
             f"What causes {sign} of the {organ}?",
-            f"The {sign} of the {organ} is often caused by {cause}. See a doctor if the {sign} does not "
-            f"stop.",
+            f"The {sign} of the {organ} is often caused by {generator.choice(causes)}. "
+            f"See a doctor if the {sign} does not stop.",
         )
         for organ in organs
         for sign in signs
-        for cause in causes[:2]
     ]
     generator.shuffle(pairs)
     train, dev, test = pairs[:num_rows], pairs[num_rows : num_rows + 32], pairs[num_rows + 32 : num_rows + 56]
+    # Copies of rows of the training part alone: `plant` draws from what it is given.
     spoilt = plant(train, {"garbled": 0.2, "boilerplate": 0.2, "duplicate": 0.1}, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"rows": [pair[:2] for pair in spoilt], "dev": dev, "test": test}

@@ -32,7 +32,7 @@ def plant(
         ValueError: If a kind is unknown or the shares exceed 1.
     """
     if unknown := sorted(set(rates) - set(KINDS)):
-        raise ValueError(f"no defect {', '.join(unknown)}; there are {', '.join(KINDS)}.")
+        raise ValueError(f"unknown kinds {', '.join(unknown)}; a defect is one of {', '.join(KINDS)}.")
     if not 0 <= sum(rates.values()) <= 1:
         raise ValueError(f"shares of defects must sum to at most 1; got {sum(rates.values()):g}.")
     generator = random.Random(seed)

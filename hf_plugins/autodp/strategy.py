@@ -151,6 +151,42 @@ class AutoDP:
             run = _Run(self, out, parts, show)
             return run.search()
 
+    def confirm(
+        self,
+        strategy: Strategy,
+        data: str | Path | Dataset,
+        out: str | Path,
+        *,
+        dev: str | Path | Dataset | None = None,
+        test: str | Path | Dataset | None = None,
+        anchors: str | Path | Dataset | None = None,
+        part: str = "test",
+        fresh: bool = True,
+        show: Callable[[str], None] = logger.info,
+    ) -> dict[str, Any]:
+        """Score one strategy against the raw data, by default with fresh seeds on the test questions.
+
+        Args:
+            strategy: What to score.
+            data: Rows, as in `search`.
+            out: Folder for this strategy and others of the same settings.
+            dev: As in `search`.
+            test: As in `search`.
+            anchors: As in `search`.
+            part: Which questions: ``test`` or ``dev``.
+            fresh: Whether to train with other seeds than a search does.
+            show: Told each line of progress.
+
+        Returns:
+            ``score``, ``low``, ``high``, ``questions``, ``seeds``, mean ``losses`` of raw data and strategy.
+        """
+        out = Path(out)
+        with only_search(out):
+            parts = self._parts(data, {"dev": dev, "test": test, "anchors": anchors}, "", "")
+            run = _Run(self, out, parts, show)
+            run.prepare()
+            return run.final(strategy, part=part, fresh=fresh)
+
     def _parts(self, data: Any, given: Mapping[str, Any], question: str, answer: str) -> dict[str, Dataset]:
         def rows(value: Any) -> Dataset:
             if isinstance(value, Dataset):
@@ -428,31 +464,36 @@ class _Run:
         self.cache.table(key, lambda: (rows, {}))
         return str(self.cache.table_path(key))
 
-    def search(self) -> dict[str, Any]:
-        train = self._screen(self.parts["train"])
-        sample = take_sample(
-            train, self.config.sample_ratio, method=self.config.sampler, seed=self.config.seed
-        )
-        space = self.owner.space()
-        self.show(
-            f"{len(train)} rows to process, {len(sample)} sampled; {len(self.parts['dev'])} dev and "
-            f"{len(self.parts['test'])} test questions; steps: {', '.join(space.names)}"
+    def prepare(self) -> None:
+        """Screen and sample the rows, and set up what runs strategies on them."""
+        self.train = self._screen(self.parts["train"])
+        self.sample = take_sample(
+            self.train, self.config.sample_ratio, method=self.config.sampler, seed=self.config.seed
         )
         self.runner = self.owner.runner(
             self.cache,
             anchors=self.paths["anchors"],
-            history=HISTORY in sample.column_names,
+            history=HISTORY in self.sample.column_names,
             synthetic=self.config.num_synthetic,
-            num_rows=len(sample),
+            num_rows=len(self.sample),
             show=self.show,
         )
-        self.sample = sample
+
+    def search(self) -> dict[str, Any]:
+        """The whole search; returns its result, which also lies in the folder."""
+        self.prepare()
+        space = self.owner.space()
+        self.show(
+            f"{len(self.train)} rows to process, {len(self.sample)} sampled; {len(self.parts['dev'])} dev "
+            f"and "
+            f"{len(self.parts['test'])} test questions; steps: {', '.join(space.names)}"
+        )
         search = self._search(space)
         self._loop(search)
         best = search.best()
         self.show(f"chosen: {strategy_key(best)}")
         final = self._final(best)
-        result = self._result(search, best, final, len(train))
+        result = self._result(search, best, final, len(self.train), space)
         self._recipe(best)
         write_json(self.out / "result.json", result)
         for folder in (self.out / "jobs").glob("*/checkpoint-*"):
@@ -702,35 +743,36 @@ class _Run:
         stored = self.journal.entries("final")
         if stored and stored[-1]["strategy"] == strategy_key(best):
             return stored[-1]
-        prepared = self.runner.run(best, self.sample)
-        seeds = [self.config.seed + 1000 + index for index in range(self.config.final_seeds)]
+        entry = {"kind": "final", "strategy": strategy_key(best)} | self.final(best)
+        self.journal.append(entry)
+        told = f"{entry['score']:+.4f} ({entry['low']:+.4f} to {entry['high']:+.4f})"
+        self.show(f"on the test questions, fresh seeds: {told}")
+        return entry
+
+    def final(self, strategy: Strategy, *, part: str = "test", fresh: bool = True) -> dict[str, Any]:
+        """Train raw data and strategy with each seed and compare them."""
+        prepared = self.runner.run(strategy, self.sample)
+        first = self.config.seed + (1000 if fresh else 0)
+        seeds = [first + index for index in range(self.config.final_seeds)]
         scores, losses = [], []
         for seed in seeds:
-            raw = self._raw(1.0, seed, "test", keep=False)
-            result = self._train(best, prepared, 1.0, seed, "test", keep=False, worker=0)
+            raw = self._raw(1.0, seed, part, keep=False)
+            result = self._train(strategy, prepared, 1.0, seed, part, keep=False, worker=0)
             losses.append([float(np.nanmean(raw["losses"])), float(np.nanmean(result["losses"]))])
-            scores.append(self._score(result, raw, "test")[0])
-        # The interval of the mean over seeds, from the widest of them: questions are the same for all seeds.
-        width = max(max(s.value - s.low, s.high - s.value) for s in scores)
-        value = float(np.mean([s.value for s in scores]))
-        entry = {
-            "kind": "final",
-            "strategy": strategy_key(best),
+            scores.append(self._score(result, raw, part)[0])
+        # The interval of the mean over seeds, as wide as the widest: the questions are the same for all.
+        value = float(np.mean([score.value for score in scores]))
+        return {
             "score": round(value, 4),
-            "low": value - width,
-            "high": value + width,
+            "low": value - max(score.value - score.low for score in scores),
+            "high": value + max(score.high - score.value for score in scores),
             "questions": scores[0].num_questions,
             "seeds": seeds,
             "losses": losses,
         }
-        self.journal.append(entry)
-        self.show(
-            f"on the test questions, fresh seeds: {value:+.4f} ({entry['low']:+.4f} to {entry['high']:+.4f})"
-        )
-        return entry
 
     def _result(
-        self, search: Search, best: Strategy, final: dict[str, Any], num_train: int
+        self, search: Search, best: Strategy, final: dict[str, Any], num_train: int, space: Space
     ) -> dict[str, Any]:
         trials = [{k: v for k, v in e.items() if k != "kind"} for e in self.journal.entries("trial")]
         clients = self.runner.context.clients
@@ -742,7 +784,7 @@ class _Run:
             "trials": trials,
             "rounds": getattr(search, "log", []),
             "stopped": getattr(search, "stopped", ""),
-            "steps": list(self.owner.space().names),
+            "steps": list(space.names),
             "rows": {"train": num_train, "sample": len(self.sample)}
             | {name: len(self.parts[name]) for name in ("dev", "test", "anchors")},
             "seconds": {**self.seconds, "total": time.monotonic() - self.start},

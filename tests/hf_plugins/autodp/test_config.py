@@ -28,8 +28,15 @@ def test_wrong_options(given: dict, message: str) -> None:
 
 
 def test_all_faults_at_once() -> None:
-    with pytest.raises(ValueError, match="num_dev.*num_test"):
+    with pytest.raises(ValueError, match="AutoDPConfig: .*num_dev.*num_test"):
         AutoDPConfig(metric="loss", num_dev=0, num_test=0)
+
+
+def test_a_name_that_is_not_there() -> None:
+    import hf_plugins.autodp
+
+    with pytest.raises(AttributeError, match=" has no attribute .*AutoDp"):
+        _ = hf_plugins.autodp.AutoDp
 
 
 def test_round_trip() -> None:

@@ -71,11 +71,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="convert it first"):
         read_rows(tmp_path / "x.txt")
     (tmp_path / "bad.jsonl").write_text('{"question": "a"\nnot json')
-    with pytest.raises(ValueError, match="cannot be read as json"):
+    with pytest.raises(ValueError, match=" cannot be read as .* Check its first lines."):
         read_rows(tmp_path / "bad.jsonl")
     with pytest.raises(ValueError, match="name the columns with --question and --answer"):
         read_rows(write_jsonl(tmp_path / "c.jsonl", [{"x": "1"}]))
-    with pytest.raises(ValueError, match="no column z; there are x"):
+    with pytest.raises(ValueError, match="the rows have no column .*z, only x"):
         read_rows(write_jsonl(tmp_path / "d.jsonl", [{"x": "1"}]), question="x", answer="z")
     Dataset.from_dict({"question": [], "answer": []}).save_to_disk(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="holds no rows"):

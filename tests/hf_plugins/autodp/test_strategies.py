@@ -59,10 +59,10 @@ def test_names_in_both_languages_and_spelling() -> None:
     ("entries", "message"),
     [
         (["clean", "clean"], "no step may stand twice"),
-        ([], "a strategy has 1 to 4 steps; got 0"),
-        (["claen"], "Did you mean 'clean'"),
+        ([], "a strategy has 1 to .*steps; got 0"),
+        (["claen"], "unknown step .*; the space has .*Did you mean 'clean'"),
         ([{"name": 3}], "a step is a name or"),
-        ([{"name": "clean", "params": {"x": 1}}], "clean has no parameter x; it has none"),
+        ([{"name": "clean", "params": {"x": 1}}], " has no parameter .*; it has none"),
     ],
 )
 def test_wrong_strategies(entries: list, message: str) -> None:

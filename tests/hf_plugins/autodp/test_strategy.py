@@ -412,7 +412,7 @@ def test_killed_between_evaluations_and_resumed(tmp_path: Path, model_folder: Pa
 
     process = start(out, log, "0.5")
     journal = out / "journal.jsonl"
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None:
         if journal.is_file() and journal.read_text().count('"trial"') >= 2:
             break
@@ -422,8 +422,8 @@ def test_killed_between_evaluations_and_resumed(tmp_path: Path, model_folder: Pa
     before = journal.read_text()
     ended = before.count('"trial"')
     assert 2 <= ended < 4
-    assert start(out, log, "0").wait(timeout=100) == 0
-    assert start(tmp_path / "plain", tmp_path / "log2", "0").wait(timeout=100) == 0
+    assert start(out, log, "0").wait(timeout=400) == 0
+    assert start(tmp_path / "plain", tmp_path / "log2", "0").wait(timeout=400) == 0
     assert journal.read_text().startswith(before)
     trained = log.read_text().split()
     # At most the one that was under way is trained twice.

@@ -230,6 +230,33 @@ STOPS = (
         says="{} % of the tokens are read back at worst.",
         picture=leak_chart,
     ),
+    Stop(
+        room="hf_plugins/hpn",
+        title="Clients of a federation get learning rates of their own",
+        commands=(
+            "mmhf hpn search configs/hpn/synthetic_short.yaml --output-dir OUT",
+            "mmhf hpn picture OUT",
+        ),
+        figure=r"(\d+) clients",
+        says="{} clients, a few rounds: the parts, not the finding.",
+        picture=image_file("configs.svg"),
+    ),
+    Stop(
+        room="hf_plugins/dpf_cm",
+        title="A model that learnt private rows by heart, behind its guard",
+        commands=("mmhf dpf-cm run configs/dpf_cm/quick_start.yaml",),
+        figure=r"([\s\S]+)",
+        says="What leaked before and after stands below.",
+        picture=printed_lines(r"leak|ROUGE|guard|exact"),
+    ),
+    Stop(
+        room="hf_plugins/autodp",
+        title="An agent searches how to process spoilt rows",
+        commands=("mmhf autodp demo --out OUT",),
+        figure=r"([\s\S]+)",
+        says="The search and the strategy that it chose:",
+        picture=printed_lines(r"strategy|chosen|loss|baseline"),
+    ),
 )
 
 

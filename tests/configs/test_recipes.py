@@ -25,6 +25,24 @@ def _dp(values: dict[str, Any]) -> None:
     _host_arguments(values, RunConfig)
 
 
+def _autodp(values: dict[str, Any]) -> None:
+    from hf_plugins.autodp.config import AutoDPConfig
+
+    AutoDPConfig(**values)
+
+
+def _dpf_cm(values: dict[str, Any]) -> None:
+    from hf_plugins.dpf_cm.config import PPVDConfig, RecipeConfig
+
+    PPVDConfig(**RecipeConfig(**values).ppvd)
+
+
+def _hpn(values: dict[str, Any]) -> None:
+    from hf_plugins.hpn.config import read_recipe
+
+    read_recipe(values)
+
+
 def _dpnas(values: dict[str, Any]) -> None:
     from hf_plugins.dp.config import DPConfig
     from hf_plugins.dpnas.config import DPNASTrainConfig
@@ -74,12 +92,15 @@ def _tee_split(values: dict[str, Any]) -> None:
 
 
 READERS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "autodp": _autodp,
     "dp": _dp,
     "dp_fedavg": _dp_fedavg,
+    "dpf_cm": _dpf_cm,
     "dpnas": _dpnas,
     "embed_parrot": _embed_parrot,
     "fapm": _fapm,
     "gradpruner": _gradpruner,
+    "hpn": _hpn,
     "tee_split": _tee_split,
 }
 

@@ -29,7 +29,12 @@ CONFIGS = [
     for block in SNIPPETS
     if is_config(block)
 ]
-SCRIPTS = sorted({block.document for block in SNIPPETS if not is_config(block)})
+# A whole search, with a training for each strategy.
+LONG = {"hf_plugins/autodp/README.md"}
+SCRIPTS = [
+    pytest.param(document, marks=pytest.mark.slow) if document in LONG else document
+    for document in sorted({block.document for block in SNIPPETS if not is_config(block)})
+]
 
 
 def _load(block: Block, folder: Path) -> Any:

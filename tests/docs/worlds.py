@@ -138,6 +138,31 @@ def dp_fedavg(folder: Path) -> Names:
     }
 
 
+def dpf_cm(folder: Path) -> Names:
+    """A model that knows a few samples by heart, and prompts that it does not."""
+    from tests.hf_plugins.dpf_cm.memorised import BENIGN, LOOKALIKE, PRIVATE, model, tokenizer
+
+    return {
+        "model": model(),
+        "tokenizer": tokenizer(),
+        "samples": PRIVATE,
+        "safe_answers": [f"\u8bf7\u54a8\u8be2\u533b\u751f\u3002{number}" for number in range(len(PRIVATE))],
+        "public_prompts": BENIGN[:60] + LOOKALIKE,
+        "texts": [PRIVATE[0].prompt, BENIGN[0]],
+    }
+
+
+def autodp(folder: Path) -> Names:
+    """Rows, a tiny model to tune and one to write, where the snippet says they are."""
+    from tests.hf_plugins.autodp import tiny
+
+    for name in ("model", "writer"):
+        tiny.model(folder / "path" / "to" / name)
+    table = [{"question": question, "answer": answer} for question, answer in tiny.PAIRS]
+    tiny.write_jsonl(folder / "rows.jsonl", table)
+    return {}
+
+
 def tee_split(folder: Path) -> Names:
     """A base model and the adapter with SPF that a split training has left."""
     from hf_plugins.tee_split.config import SPFConfig
@@ -162,8 +187,10 @@ def paper_index(folder: Path) -> Names:
 
 WORLDS: dict[str, Callable[[Path], Names]] = {
     "docs/paper_index.md": paper_index,
+    "hf_plugins/autodp/README.md": autodp,
     "hf_plugins/dp/README.md": dp,
     "hf_plugins/dp_fedavg/README.md": dp_fedavg,
+    "hf_plugins/dpf_cm/README.md": dpf_cm,
     "hf_plugins/embed_parrot/README.md": embed_parrot,
     "hf_plugins/fapm/README.md": fapm,
     "hf_plugins/gradpruner/README.md": gradpruner,

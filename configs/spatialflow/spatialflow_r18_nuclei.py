@@ -20,7 +20,7 @@ model = dict(
     train_cfg=dict(det_proposal=dict(max_per_img=20), mask=dict(mask_size=14)),
     test_cfg=dict(det=dict(score_thr=0.3, max_per_img=400), panoptic=dict(stuff_area_limit=64)),
 )
-max_epochs = 6
+max_epochs = 4
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadPanopticAnnotations"),
@@ -98,7 +98,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=6)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=4)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 max_lr = 4e-3

@@ -1,4 +1,4 @@
-"""HPN over Flower's real engines: the same result as in process, in simulation and on a SuperLink."""
+"""HPN over Flower's real engines: the same result as in process, in simulation."""
 
 import json
 import os
@@ -20,7 +20,6 @@ from hf_plugins.hpn.strategy import HPNStrategy, recipe_population
 from hf_plugins.rounds import ClientFailed
 from hf_plugins.rounds.flower import Population, hosted_share, round_client_app
 from tests.hf_plugins.hpn import tiny
-from tests.hf_plugins.hpn.test_main import RECIPE
 
 pytestmark = pytest.mark.host
 
@@ -147,20 +146,3 @@ def test_what_is_refused(tmp_path: Path) -> None:
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
     with pytest.raises(ValueError, match="the run's config must name a recipe file on this machine"):
         recipe_population(context)
-
-
-@pytest.mark.slow
-def test_flwr_run_on_a_superlink_with_two_supernodes(tmp_path: Path) -> None:
-    from hf_plugins.hpn.__main__ import main
-    from tests.hf_plugins.dp_fedavg.deployment import ROOT, deployment
-
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE % 3)
-    assert main(["search", str(recipe), "--output-dir", str(tmp_path / "here")]) == 0
-    with deployment(tmp_path, num_nodes=2) as found:
-        config = f"recipe='{recipe}' output-dir='{tmp_path / 'there'}'"
-        app = str(ROOT / "configs" / "hpn" / "flower_app")
-        done = found.flwr("run", app, "here", "--run-config", config, "--stream", timeout=400)
-        assert (tmp_path / "there" / "deploy.json").is_file(), done.stdout[-3000:] + done.stderr[-3000:]
-    configs = [json.loads((tmp_path / n / "search.json").read_text())["configs"] for n in ("here", "there")]
-    assert configs[0] == configs[1]

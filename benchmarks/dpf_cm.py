@@ -160,7 +160,7 @@ def stores(sizes: Sequence[int], width: int, repeats: int) -> None:
         table.append(line)
     write_result(
         "dpf_cm_stores",
-        command=COMMAND + " stores",
+        command=f"{COMMAND} stores --keys {','.join(map(str, sizes))}",
         config={"sizes": list(sizes), "width": width, "repeats": repeats},
         seeds=[0],
         packages=("lancedb", "numpy"),
@@ -193,7 +193,11 @@ def main() -> None:
     parser.add_argument(
         "--short", action="store_true", help="tiny settings; writes nothing into docs/results"
     )
+    parser.add_argument(
+        "--keys", default="1000,100000,1000000", help="sizes of the store, with commas between"
+    )
     args = parser.parse_args()
+    wanted = tuple(int(word) for word in args.keys.split(","))
     disable_progress_bars()
     small = args.short
     if small:
@@ -202,9 +206,7 @@ def main() -> None:
         benchmarks.record.write_result.__kwdefaults__["folder"] = Path(tempfile.gettempdir()) / "mmhf_short"
     parts = {
         "ops": lambda: ops((200,) if small else (10_000, 100_000), 1 if small else 2),
-        "stores": lambda: stores(
-            (1000,) if small else (1000, 100_000, 1_000_000), 64 if small else 384, 3 if small else 5
-        ),
+        "stores": lambda: stores((1000,) if small else wanted, 64 if small else 384, 3 if small else 5),
     }
     for name in args.parts or parts:
         if name not in parts:

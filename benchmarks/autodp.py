@@ -1,6 +1,6 @@
 """What the savings of LLM-AutoDP save: the time of one search with nothing, sampling (DPS), target selection
 (PTS), the cache, and all of them, split into operators, training, answers and judging, beside the least the
-cost model allows; and the memory of the sample at 10^5 rows against the n x n form of the release.
+cost model allows; with ``--sampling`` what each sampler keeps and how much memory it takes at 10^5 rows.
 
 ``python -m benchmarks.autodp`` prints one JSON line and writes ``docs/results/autodp.json``; ``--short`` runs
 tiny sizes and writes nothing. CPU seconds, so that a busy machine does not count.
@@ -8,7 +8,6 @@ tiny sizes and writes nothing. CPU seconds, so that a busy machine does not coun
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,15 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-from transformers.utils import logging as transformers_logging
+import numpy as np
 
-from benchmarks.autodp_search import prepare, table, writer
 from benchmarks.record import write_result
-from hf_plugins.autodp.config import AutoDPConfig
+from hf_plugins.autodp.sampling import METHODS, kernel_width, mmd, sample_rows, total_variation
 from hf_plugins.autodp.strategies import Space, cost_model, team_runs
-from hf_plugins.autodp.strategy import AutoDP
-from hf_plugins.data_ops.chat import ScriptedChat
 
 SETTINGS = ("nothing", "dps", "pts", "cache", "all")
 RATIO = 0.2
@@ -38,20 +33,21 @@ NAMES = {
     "all": "all three",
 }
 SAMPLE = """
-import json, resource, sys, time
+import json, sys, time, tracemalloc
+import numpy as np
 from hf_plugins.autodp.sampling import sample_rows
 n, d, method = int(sys.argv[1]), 64, sys.argv[2]
 x = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
 x /= np.linalg.norm(x, axis=1, keepdims=True)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tracemalloc.start()
 start = time.process_time()
 if method == "matrix":
     gain = (x @ x.T).sum(1)
     chosen = np.argsort(-gain)[: n // 5]
 else:
     chosen = sample_rows(x, np.zeros(n), 0.2, method=method)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([time.process_time() - start, (peak - before) / 1024, len(chosen)]))
+peak = tracemalloc.get_traced_memory()[1]
+print(json.dumps([time.process_time() - start, peak / 2**20, len(chosen)]))
 """
 
 
@@ -69,6 +65,17 @@ def one_search(setting: str, work: Path, *, short: bool) -> dict[str, Any]:
     """The same strategies with one saving switched on; the length of training follows the number of rows, as
     three epochs do.
     """
+    # Not at the head: the samplers' table needs no host.
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    from benchmarks.autodp_search import prepare, table, writer
+    from hf_plugins.autodp.config import AutoDPConfig
+    from hf_plugins.autodp.strategy import AutoDP
+    from hf_plugins.data_ops.chat import ScriptedChat
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     parts, model = prepare("en", 0, work, short=short)
     everything = setting == "all"
     ratio = RATIO if everything or setting == "dps" else 1.0
@@ -144,6 +151,49 @@ def sampling_memory(n: int, method: str) -> list[float]:
     return json.loads(done.stdout)
 
 
+def fixture_shares() -> dict[str, tuple[float, float]]:
+    """Total variation of cluster shares and MMD of a fifth of 5,000 points in ten unequal clusters."""
+    generator = np.random.default_rng(0)
+    labels = generator.choice(10, 5000, p=generator.dirichlet(np.ones(10)))
+    x = generator.normal(size=(10, 64))[labels] + 0.5 * generator.normal(size=(5000, 64))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    width = kernel_width(x, generator)
+    found = {}
+    for method in METHODS:
+        rows = sample_rows(x, np.zeros(5000), 0.2, method=method)
+        found[method] = (total_variation(labels[rows], labels), mmd(x[rows], x, width=width))
+    return found
+
+
+def sampling_table(sizes: Sequence[int]) -> None:
+    """Write ``docs/results/autodp_sampling.json``: what each way to sample keeps, and what it costs."""
+    shares = fixture_shares()
+    cost = {n: sampling_memory(n, "stratified") for n in sizes}
+    matrix = sampling_memory(sizes[0], "matrix")
+    told = {
+        "centrality": "centrality (the release)",
+        "graph_cut": "graph cut (in the release, commented out)",
+    }
+    write_result(
+        "autodp_sampling",
+        command="python -m benchmarks.autodp --sampling",
+        config={"points": 5000, "clusters": 10, "width": 64, "ratio": 0.2},
+        seeds=[0],
+        packages=("numpy",),
+        columns=["sampler", "total variation of cluster shares", "MMD"],
+        rows=[[told.get(name, name), f"{tv:.3f}", f"{gap:.3f}"] for name, (tv, gap) in shares.items()],
+        notes=[
+            *(
+                f"`stratified` on {n:,} rows of width 64: {mib:.0f} MiB beside the embeddings, {cpu:.1f} CPU "
+                f"s; the matrix of all pairs would hold {4 * n * n / 2**20:,.0f} MiB."
+                for n, (cpu, mib, _) in cost.items()
+            ),
+            f"Measured with the matrix at {sizes[0]:,} rows: {matrix[1]:.0f} MiB.",
+        ],
+        details={"shares": shares, "cost": {str(n): found for n, found in cost.items()}, "matrix": matrix},
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then write the table."""
     parser = argparse.ArgumentParser(
@@ -151,12 +201,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--short", action="store_true", help="tiny sizes; writes nothing to docs")
     parser.add_argument("--work", type=Path, default=Path("work_dirs/autodp"))
+    parser.add_argument("--sampling", action="store_true", help="only the samplers: shares and memory")
     parser.add_argument("--setting", choices=SETTINGS, help="run one setting in this process (used inside)")
     args = parser.parse_args(argv)
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
     work = args.work / "short" if args.short else args.work
     work.mkdir(parents=True, exist_ok=True)
+    if args.sampling:
+        sampling_table((1000, 2000) if args.short else (10_000, 100_000))
+        return 0
     if args.setting:
         found = one_search(args.setting, work, short=args.short)
         (work / f"{args.setting}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -167,9 +219,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             command += ["--work", str(args.work), *(["--short"] if args.short else [])]
             subprocess.run(command, check=True, stdout=None if not args.short else subprocess.DEVNULL)
     measured = {setting: json.loads((work / f"{setting}.json").read_text()) for setting in SETTINGS}
-    sizes = (2000,) if args.short else (10_000, 100_000)
-    memory = {str(n): {"stratified": sampling_memory(n, "stratified")} for n in sizes}
-    memory[str(sizes[0])]["matrix"] = sampling_memory(sizes[0], "matrix")
     plain = measured["nothing"]
     strategies = [Space().strategy(key.split(">")) for key in plain["strategies"]]
     alone, shared = team_runs(strategies)
@@ -188,8 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = {
         "speed_up": {setting: spent["nothing"] / spent[setting] for setting in SETTINGS},
         "model": {setting: floor["nothing"] / floor[setting] for setting in SETTINGS},
-        "memory_mib": {n: {k: v[1] for k, v in found.items()} for n, found in memory.items()},
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
     }
     print(json.dumps(summary))
     if args.short:
@@ -231,19 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{floor['floor'] / floor['nothing']:.0%} of the "
             "time here; with a 14B judge and 400 questions it is most of it.",
             f"Prefix reuse runs {shared} steps in place of {alone}.",
-            *(
-                f"Sampling {int(n):,} rows of width 64 takes {found['stratified'][1]:.0f} MiB beside the "
-                f"embeddings and "
-                f"{found['stratified'][0]:.1f} CPU s; the n x n matrix of the release takes "
-                + (
-                    f"{found['matrix'][1]:.0f} MiB."
-                    if "matrix" in found
-                    else f"{4 * int(n) ** 2 / 2**20:,.0f} MiB (4 n^2)."
-                )
-                for n, found in memory.items()
-            ),
         ],
-        details={"measured": measured, "memory": memory, "cost_model": floor, "summary": summary},
+        details={"measured": measured, "cost_model": floor, "summary": summary},
     )
     return 0
 

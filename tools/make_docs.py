@@ -70,7 +70,10 @@ def _figure(figure: dict[str, Any], root: Path) -> dict[str, str]:
     Raises:
         ValueError: If the result file has no such row or column; the message lists those it has.
     """
-    record = json.loads((root / "docs" / "results" / f"{figure['file']}.json").read_text(encoding="utf-8"))
+    path = root / "docs" / "results" / f"{figure['file']}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"docs/claims.toml asks for {path.name}; run the benchmark that writes it.")
+    record = json.loads(path.read_text(encoding="utf-8"))
     columns, rows = record["table"]["columns"], record["table"]["rows"]
     cells = {}
     for key in ("ours", "peer"):

@@ -12,8 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hf_plugins import recipes
 from hf_plugins.autodp.config import AutoDPConfig
 
 _LISTS = {
@@ -157,11 +156,7 @@ def _recipe(args: argparse.Namespace) -> tuple[dict[str, Any], AutoDPConfig]:
     """Paths and options: those of the recipe, overridden by the command line's."""
     values: dict[str, Any] = {}
     if args.config:
-        if not args.config.is_file():
-            raise FileNotFoundError(f"no recipe {str(args.config)!r}; the ready ones are in configs/autodp.")
-        values = yaml.safe_load(args.config.read_text(encoding="utf-8")) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{args.config} must hold 'option: value' lines.")
+        values = recipes.read_recipe(args.config)
     names = ("data", "model", "dev", "test", "anchors")
     paths = {name: getattr(args, name, None) or values.pop(name, None) for name in names}
     for name in names:

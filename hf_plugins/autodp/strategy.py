@@ -20,6 +20,7 @@ import torch
 import yaml
 from datasets import Dataset, load_from_disk
 
+from hf_plugins import recipes
 from hf_plugins.autodp.agent import guarded_chat, make_agent, public_texts
 from hf_plugins.autodp.client import (
     DeitaSelector,
@@ -837,8 +838,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no recipe {str(path)!r}; `mmhf autodp search` writes recipe.yaml into its folder."
         )
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict) or "strategy" not in recipe:
+    recipe = recipes.read_recipe(path)
+    if "strategy" not in recipe:
         raise ValueError(f"{path} is no recipe of a search: it has no key 'strategy'.")
     for name in ("anchors", "screener"):
         if recipe.get(name):

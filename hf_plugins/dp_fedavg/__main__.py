@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hf_plugins import recipes
 from hf_plugins.dp_fedavg.config import DPFedAvgConfig, RunConfig, parse_recipe
 from hf_plugins.dp_fedavg.trainer import PrivateMean, build_task, finish_run, recipe_engine
 from hf_plugins.rounds.trackers import Reporter
@@ -33,13 +32,7 @@ def read_recipe(path: Path, **override: Any) -> tuple[RunConfig, DPFedAvgConfig,
         FileNotFoundError: If there is no such file.
         ValueError: If it is no mapping, or a key is unknown.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"the recipe {path} does not exist; configs/dp_fedavg holds some to start from."
-        )
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold keys and values in YAML; got {type(content).__name__}.")
+    content = recipes.read_recipe(path)
     content |= {name: value for name, value in override.items() if value is not None}
     return parse_recipe(content)
 
@@ -72,14 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         done = _run(args) if args.command == "run" else _cost(args)
-    except (
-        ValueError,
-        TypeError,
-        FileNotFoundError,
-        NotADirectoryError,
-        yaml.YAMLError,
-        RuntimeError,
-    ) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"mmhf dp-fedavg: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(json.dumps(done))

@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_plugins import recipes
 from hf_plugins.data_ops.chat import ChatClient, TransformersChat, make_client
 from hf_plugins.data_ops.llm_ops import LlmQualityScoreFilter
 from hf_plugins.data_ops.op import ROW_ID, DataOp, Ledger, OpContext, content_key, digest, make_op, run_ops
@@ -80,12 +80,7 @@ class Pipeline:
             ValueError: If the file is no mapping or names an unknown option.
         """
         path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {str(error).splitlines()[0]}. Mend the file.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold options (name: value); got {type(values).__name__}.")
+        values = recipes.read_recipe(path)
         known = {item.name for item in dataclasses.fields(RecipeConfig)}
         unknown = sorted(set(values) - known)
         if unknown:

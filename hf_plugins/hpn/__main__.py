@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hf_plugins import recipes
 from hf_plugins.hpn.config import read_recipe
 from hf_plugins.hpn.dataset import make_federation
 from hf_plugins.hpn.picture import picture
@@ -40,11 +39,7 @@ def _run(recipe: Mapping[str, Any]) -> HPNRun:
 
 
 def _search(args: argparse.Namespace) -> dict[str, Any]:
-    if not args.recipe.is_file():
-        raise FileNotFoundError(
-            f"the recipe {args.recipe} does not exist; configs/hpn holds some to start from."
-        )
-    content = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    content = recipes.read_recipe(args.recipe)
     read_recipe(content)
     given = {"output_dir": args.output_dir, "method": args.method, "seed": args.seed}
     content |= {key: str(v) if isinstance(v, Path) else v for key, v in given.items() if v is not None}
@@ -98,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"search": _search, "deploy": _deploy, "picture": _picture}[args.command]
     try:
         print(json.dumps(command(args)))
-    except (ValueError, OSError, RuntimeError, ImportError, yaml.YAMLError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"mmhf hpn {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
+from hf_plugins import recipes
 from hf_plugins.hpn.client import job_config
 from hf_plugins.hpn.config import HPNConfig, read_recipe
 from hf_plugins.hpn.dataset import make_federation
@@ -199,7 +199,7 @@ def _recipe(*configs: Any) -> tuple[HPNConfig, Space, Federation, str]:
             f"the run's config must name a recipe file on this machine; got recipe={path!r}. Give "
             "--run-config \"recipe='/path/recipe.yaml'\" or a node's own with --node-config."
         )
-    config, task = read_recipe(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    config, task = read_recipe(recipes.read_recipe(path))
     space = space_from(task.space, grid_size=task.grid_size, grid_kind=task.grid_kind)
     return config, space, make_federation(task.task, task.task_args, config), task.output_dir
 

@@ -107,5 +107,8 @@ def test_overview_of_a_figure_that_is_gone_is_refused(repository: Path, old: str
     (repository / "docs" / "claims.toml").write_text(CLAIMS.replace(old, new))
     with pytest.raises(ValueError, match=r"rows of toy.json begin with .* Correct the entry"):
         make_docs.overview_part("figures", repository, repository / "README.md")
+    (repository / "docs/results/toy.json").unlink()
+    with pytest.raises(FileNotFoundError, match="asks for toy.json; run the benchmark"):
+        make_docs.overview_part("figures", repository, repository / "README.md")
     with pytest.raises(ValueError, match="methods or figures; got 'all'. Correct the marker"):
         make_docs.overview_part("all", repository, repository / "README.md")

@@ -86,10 +86,10 @@ def test_missing_pieces(
         (["search", "x.jsonl", "--metric", "loss"], "model must be given"),
         (
             ["search", "x.jsonl", "--config", str(tmp_path / "no.yaml")],
-            "the ready ones are in configs/autodp",
+            "configs/ holds some to start from",
         ),
         (["search", "x.jsonl", "--config", str(tmp_path / "bad.yaml")], "the recipe has unknown keys "),
-        (["search", "x.jsonl", "--config", str(tmp_path / "list.yaml")], "must hold 'option: value' lines"),
+        (["search", "x.jsonl", "--config", str(tmp_path / "list.yaml")], "must hold `option: value` lines"),
         (["report", str(tmp_path)], "writes it when it is done"),
         (["apply", str(tmp_path / "r.yaml"), "x", "--out", str(tmp_path)], "no recipe"),
         (["evaluate", str(tmp_path / "job.json")], "job.json"),

@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     packages = ("transformers", "peft", "opacus")
     write_result(
         "dp",
-        command="python -m benchmarks.dp",
+        command=f"python -m benchmarks.dp --rounds {args.rounds} --steps {args.steps}",
         config=config,
         seeds=[0],
         packages=packages,
@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     write_result(
         "dp_memory",
-        command="python -m benchmarks.dp",
+        command=f"python -m benchmarks.dp --rounds {args.rounds} --steps {args.steps}",
         config=config,
         seeds=[0],
         packages=packages,

@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 EXTRAS ?= mm,hf,federated,data,tee,report,dev
 # Test files are shared out between so many processes.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# A test that hangs is a failure, not a wait.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --timeout 900
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

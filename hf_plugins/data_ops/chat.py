@@ -1,5 +1,6 @@
 """Language models behind one small client: a server, a local model, a script; a cache and a budget around."""
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -212,25 +213,34 @@ class OpenAIChat(ChatClient):
         found: list[list[str] | None] = [None] * len(conversations)
         failure: ChatError | None = None
         done = 0
+
+        def keep(index: int, answers: list[str]) -> None:
+            nonlocal done
+            found[index] = answers
+            done += 1
+            if on_answer:
+                on_answer(index, answers)
+            if progress:
+                progress(done, len(conversations))
+
         with ThreadPoolExecutor(max(1, self.concurrency)) as pool:
             jobs = {
                 pool.submit(self.complete, messages, sampling=sampling): index
                 for index, messages in enumerate(conversations)
             }
+            waiting = set(jobs)
             for job in as_completed(jobs):
-                if job.cancelled():
-                    continue
+                waiting.discard(job)
                 try:
-                    found[jobs[job]] = job.result()
+                    keep(jobs[job], job.result())
                 except ChatError as error:
-                    failure = failure or error
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    continue
-                done += 1
-                if on_answer:
-                    on_answer(jobs[job], found[jobs[job]] or [])
-                if progress:
-                    progress(done, len(conversations))
+                    failure = error
+                    break
+            if failure is not None:
+                # `as_completed` never hears of a job that was cancelled before it began: wait for the others.
+                for job in [job for job in waiting if not job.cancel()]:
+                    with contextlib.suppress(ChatError):
+                        keep(jobs[job], job.result())
         if failure is not None:
             raise failure
         return [answers or [] for answers in found]

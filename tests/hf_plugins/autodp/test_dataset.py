@@ -210,7 +210,7 @@ def test_clean_finds_what_was_planted(model_folder: Path) -> None:
     """Duplicates, boilerplate and stubs go, markup is removed; clean rows stay byte for byte."""
     planted = plant(PAIRS, {"markup": 0.1, "boilerplate": 0.1, "duplicate": 0.1, "short": 0.1})
     table = rows([row[:2] for row in planted], kind=[row[2] for row in planted])
-    found, context = clean(table, model_folder, min_tokens=15, threshold=0.95)
+    found, context = clean(table, model_folder, min_tokens=20, threshold=0.95)
     kinds = found["kind"]
     assert not {"boilerplate", "short"} & set(kinds)
     assert "<" not in "".join(found[ANSWER])

@@ -222,16 +222,12 @@ class TaskConfig:
     )
 
 
-def read_recipe(content: Any) -> tuple[HPNConfig, TaskConfig]:
+def read_recipe(content: Mapping[str, Any]) -> tuple[HPNConfig, TaskConfig]:
     """Options of a recipe's two dataclasses.
 
     Raises:
-        ValueError: If it is no mapping, or a key is unknown.
+        ValueError: If a key is unknown.
     """
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            "the recipe must be a YAML mapping of options; configs/hpn holds some to start from."
-        )
     names = {kind: {f.name for f in fields(kind)} for kind in (HPNConfig, TaskConfig)}
     unknown = set(content) - names[HPNConfig] - names[TaskConfig]
     if unknown:

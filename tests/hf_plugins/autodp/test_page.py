@@ -49,7 +49,7 @@ class Balanced(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in ("i", "li", "p"):
+        if tag not in self.EMPTY and tag not in ("i", "li", "p"):
             assert self.open.pop() == tag
 
 

@@ -98,7 +98,7 @@ def test_wrong_input_is_one_line_and_code_two(tmp_path: Path, capsys: pytest.Cap
     assert "the recipe " in fails("search", str(tmp_path / "none.yaml"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("- 1\n")
-    assert "the recipe must be a YAML mapping of options; configs/hpn" in fails("search", str(recipe))
+    assert "must hold `option: value` lines; it holds list" in fails("search", str(recipe))
     recipe.write_text("rounds: 4\n")
     assert "the recipe has unknown keys rounds; it takes" in fails("search", str(recipe))
     recipe.write_text("num_rounds: 0\n")

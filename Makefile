@@ -47,8 +47,8 @@ type: install ## mypy on cores, configs and what they need
 contract: install ## House rules over all rooms
 	$(BIN)/python -m pytest tests/contract -q -m "not host"
 
-test: install ## Contract, unit and host tiers
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not perf and not gpu"
+test: install ## Contract, unit and host tiers, with the same examples every time (test-all draws new ones)
+	OMP_NUM_THREADS=1 $(PYTEST) --hypothesis-profile=ci -m "not slow and not perf and not gpu"
 
 test-host: install ## Host tier alone: real Runner, real launchers, command lines
 	OMP_NUM_THREADS=1 $(PYTEST) -m "host and not slow"

@@ -76,8 +76,9 @@ def test_herding_keeps_the_kernel_mean_better_than_chance() -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(2, 40), st.integers(0, 1000))
+@given(st.integers(3, 40), st.integers(0, 1000))
 def test_against_the_whole_matrix(n: int, seed: int) -> None:
+    """From three rows on: two rows are equally central, and rounding alone would choose between them."""
     x = np.random.default_rng(seed).normal(size=(n, 5))
     m = max(1, n // 3)
     assert centrality(x, m).tolist() == reference.centrality(x, m)

@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo fmt lint type test test-host test-all contract docs bench check room new-room clean
+.PHONY: help install demo fmt lint type test test-host test-all test-oldest test-extras contract docs bench check room new-room clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,12 @@ test-host: install ## Host tier alone: real Runner, real launchers, command line
 
 test-all: install ## Every tier that this machine can run
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not perf"
+
+test-oldest: ## The Hugging Face side with the oldest versions that setup.cfg allows, in .venv-oldest
+	$(PYTHON) tools/oldest.py
+
+test-extras: install ## The wheel with each extra in a clean environment of its own: imports, pip check, one real job
+	$(BIN)/python tools/check_extras.py
 
 docs: install ## Fill the generated parts of README and docs, build the site (strictly) into site/
 	$(BIN)/python tools/make_docs.py

@@ -117,8 +117,17 @@ def _parser(rooms: Sequence[Room]) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``mmhf``; returns the exit code (0 fine, 1 something is missing, 2 wrong use)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Entry point of ``mmhf``; returns the exit code (0 fine, 1 something is missing, 2 wrong use, 130
+    interrupted).
+    """
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        sys.stderr.write("\nmmhf: interrupted; nothing half-written is left.\n")
+        return 130
+
+
+def _run(argv: list[str]) -> int:
     rooms = find_rooms()
     parser = _parser(rooms)
     if not argv:

@@ -83,3 +83,12 @@ def test_what_the_package_says_is_missing_is_passed_on(toy_room: Path, capsys: p
 def test_room_without_command_says_where_to_look(toy_room: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli._dispatch("toy", [], [_toy(toy_room, "toy_mute", None)]) == 2
     assert "used through a config of its host" in capsys.readouterr().err
+
+
+def test_an_interruption_is_one_line(
+    toy_room: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = _toy(toy_room, "toy_stopped", "def main(argv):\n    raise KeyboardInterrupt\n")
+    monkeypatch.setattr(cli, "find_rooms", lambda: [room])
+    assert cli.main(["toy"]) == 130
+    assert "mmhf: interrupted" in capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""Every long command, killed at random moments until it gets through: what it leaves equals an unbroken run's,
-and nothing half-written lies about. (TEE-split's kill points are in its own tests: two processes and a wire.)
+"""Every long command, killed at random moments until it gets through: what it leaves equals an unbroken
+run's, and nothing half-written lies about. (TEE-split's kill points are in its own tests: two processes and
+a wire.)
 """
 
 import hashlib

@@ -23,5 +23,5 @@ def test_packages_that_the_extras_name() -> None:
 
 
 def test_pins_of_what_is_named_alone() -> None:
-    resolved = "# by uv\nabsl-py==1.4.0\n    # via dp-accounting\ndp-accounting==0.5.0\nflwr[simulation]==1.40.0 ; x\n"
+    resolved = "# by uv\nabsl-py==1.4.0\n  # via x\ndp-accounting==0.5.0\nflwr[simulation]==1.40.0 ; x\n"
     assert lowest_pins(resolved, {"flwr", "dp-accounting"}) == ["dp-accounting==0.5.0", "flwr==1.40.0"]

@@ -1,8 +1,8 @@
 """Test the Hugging Face side with the oldest versions that setup.cfg allows: ``make test-oldest``.
 
-uv works out, for each package that setup.cfg names, the lowest version that fits with the others; pip installs
-exactly those into ``.venv-oldest`` (their own dependencies as new as they may be), and the tests of the side
-run there. mmdet and mmseg have one version each, so the other side has no second end to test.
+uv works out, for each package that setup.cfg names, the lowest version that fits with the others; pip
+installs exactly those into ``.venv-oldest`` (their own dependencies as new as they may be), and the tests of
+the side run there. mmdet and mmseg have one version each, so the other side has no second end to test.
 """
 
 import argparse

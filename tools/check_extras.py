@@ -42,7 +42,7 @@ FIRST_STEPS = {
             "register_all_modules()\n"
             "loss = MODELS.build(dict(type='PKDLoss', loss_weight=1.0))\n"
             "x = torch.randn(2, 4, 6, 6)\n"
-            "assert loss(x, 3 * x + 1).item() < 1e-9\n"
+            "assert loss(x, 3 * x + 1).item() < 1e-6\n"
         ),
     ),
     "hf": Job(

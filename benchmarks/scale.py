@@ -224,12 +224,13 @@ class Curve(NamedTuple):
     target_name: str
 
 
+DISK = (10**8, 2 * 10**8, 4 * 10**8)
 CURVES = (
-    Curve("PKD", "loss, one FPN level", "positions", pkd, (2500, 10000, 40000), 22200, "P3 to P7 of 800x1333"),
+    Curve("PKD", "loss, a level", "positions", pkd, (2500, 10000, 40000), 22200, "an image of 800x1333"),
     Curve("LaU", "19 maps, x8", "output pixels", lau, (128**2, 256**2, 512**2), 1024 * 2048, "Cityscapes"),
     Curve("SpatialFlow", "panoptic quality", "images", spatialflow, (5, 20, 80), 5000, "COCO val"),
-    Curve("GradPruner", "apply on disk", "weights", gradpruner, (10**8, 2 * 10**8, 4 * 10**8), 8 * 10**9, "8B"),
-    Curve("FAPM", "prune on disk", "weights", fapm, (10**8, 2 * 10**8, 4 * 10**8), 8 * 10**9, "8B"),
+    Curve("GradPruner", "apply on disk", "weights", gradpruner, DISK, 8 * 10**9, "8B"),
+    Curve("FAPM", "prune on disk", "weights", fapm, DISK, 8 * 10**9, "8B"),
     Curve("DP", "one private step", "records a step", dp, (64, 256, 1024), 4096, "batch 4,096"),
     Curve("DPNAS", "network, forward", "images", dpnas, (64, 256, 1024), 10000, "MNIST test"),
     Curve("DP-FedAvg", "5 rounds of 10", "clients", dp_fedavg, (10, 1000, 100000), 10**4, "10,000 clients"),
@@ -321,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             [
                 curve.method,
                 curve.what,
-                f"{', '.join(f'{point["size"]:,.0f}' for point in points)} {curve.unit}",
+                ", ".join(f"{point['size']:,.0f}" for point in points) + f" {curve.unit}",
                 ", ".join(f"{point['seconds']:.3g}" for point in points),
                 f"{exponent(points, 'seconds'):.2f}",
                 ", ".join(f"{point['mb']:.0f}" for point in points),
@@ -336,12 +337,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         config={curve.method: {"sizes": list(curve.sizes), "target": curve.target} for curve in CURVES},
         seeds=[0],
         packages=("transformers", "numpy"),
-        columns=["method", "what", "sizes", "CPU seconds", "exponent", "MB above the start", "at the users' size"],
+        columns=[
+            "method", "what", "sizes", "CPU seconds", "exponent", "MB above the start", "at the users' size"
+        ],
         rows=rows,
         notes=[
-            "One CPU thread, one process a point; the exponent is that of the last two points. Memory is what "
-            "the work added to the peak of the process (inputs made before it do not count); for checkpoints "
-            "on disk mapped pages count.",
+            "One CPU thread, one process a point; the exponent is that of the last two points. Memory is "
+            "what the work added to the peak of the process (inputs made before it do not count); for "
+            "checkpoints on disk mapped pages count.",
             "The last column is arithmetic: the largest point times the ratio of sizes.",
         ],
         details=details,

@@ -27,6 +27,14 @@ class Job:
     """Python that must end without an exception, run outside of the checkout."""
 
 
+MISSING = """
+import contextlib, io
+from hf_plugins.cli import main
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    assert main(["{method}", "run", "x"]) == 1
+assert "mmhf-plugins[{extras}]" in said.getvalue(), said.getvalue()
+"""
 FIRST_STEPS = {
     "none": Job(
         extras="",
@@ -59,19 +67,28 @@ FIRST_STEPS = {
             "    num_attention_heads=2, vocab_size=32))\n"
         ),
     ),
-    "federated": Job(
-        extras="federated",
+    # These three complete the hf extra; alone they install, and the command names what else it takes.
+    "federated": Job(extras="federated", code=MISSING.format(method="dp-fedavg", extras="hf,federated")),
+    "data": Job(extras="data", code=MISSING.format(method="dpf-cm", extras="hf,data")),
+    "tee": Job(extras="tee", code=MISSING.format(method="tee-split", extras="hf,tee")),
+    "hf,federated": Job(
+        extras="hf,federated",
         code=(
-            "import flwr, hf_plugins.rounds\nfrom hf_plugins.cli import main; assert main(['list']) == 0\n"
+            "import flwr, hf_plugins.rounds, hf_plugins.hpn\n"
+            "from hf_plugins.dp_fedavg import DPFedAvgConfig\n"
+            "DPFedAvgConfig(noise_multiplier=1.0)\n"
         ),
     ),
-    "data": Job(
-        extras="data",
-        code="import lancedb, hf_plugins.data_ops\n",
-    ),
-    "tee": Job(
-        extras="tee",
-        code="import cryptography, dcap_qvl, hf_plugins.tee_split\n",
+    "hf,data": Job(
+        extras="hf,data",
+        code=(
+            "import lancedb, hf_plugins.autodp, hf_plugins.dpf_cm\n"
+            "from datasets import Dataset\n"
+            "from hf_plugins.data_ops import OpContext, make_op\n"
+            "rows = Dataset.from_dict({'text': ['one two three four'] * 2 + ['five six seven eight']})\n"
+            "op = make_op({'document_minhash_deduplicator': {}})\n"
+            "assert len(op.run(rows, OpContext())) == 2\n"
+        ),
     ),
     "hf,tee": Job(
         extras="hf,tee",

@@ -158,11 +158,11 @@ STOPS = (
         title="Panoptic segmentation of nuclei (CC0): classes and instances at once",
         commands=(
             "python tools/mm.py train configs/spatialflow/spatialflow_r18_nuclei.py --work-dir OUT",
-            "mmhf spatialflow picture configs/spatialflow/spatialflow_r18_nuclei.py OUT/epoch_6.pth "
+            "mmhf spatialflow picture configs/spatialflow/spatialflow_r18_nuclei.py OUT/epoch_4.pth "
             "tests/data/nuclei/images/IMAGE OUT/panoptic.jpg",
         ),
         figure=r"coco_panoptic/PQ: ([\d.]+)(?![\s\S]*coco_panoptic/PQ: )",
-        says="PQ {} after six epochs on the few images of this repository: the parts, not the quality.",
+        says="PQ {} after four epochs on the few images of this repository: the parts, not the quality.",
         picture=image_file("panoptic.jpg"),
     ),
     Stop(

@@ -1,8 +1,9 @@
 """Test the Hugging Face side with the oldest versions that setup.cfg allows: ``make test-oldest``.
 
 uv works out, for each package that setup.cfg names, the lowest version that fits with the others; pip
-installs exactly those into ``.venv-oldest`` (their own dependencies as new as they may be), and the tests of
-the side run there. mmdet and mmseg have one version each, so the other side has no second end to test.
+installs exactly those into ``.venv-oldest`` (their own dependencies as new as they may be), and the tests
+of the side run there; after a pass the versions stand in requirements/oldest.txt. mmdet and mmseg have one
+version each, so the other side has no second end to test.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv-oldest"
+PASSED = ROOT / "requirements" / "oldest.txt"
 EXTRAS = ("hf", "federated", "data", "tee", "report")
 PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==(\S+)")
 
@@ -91,7 +93,11 @@ def main(argv: Sequence[str]) -> int:
         "--hypothesis-profile=ci", "-m", "not slow and not perf and not gpu", *args.tests,
     ]  # fmt: skip
     print("$", *tests, flush=True)
-    return subprocess.run(tests, cwd=ROOT, check=False).returncode
+    code = subprocess.run(tests, cwd=ROOT, check=False).returncode
+    if code == 0 and args.tests == ["tests/hf_plugins"]:
+        PASSED.write_text(constraints.read_text(encoding="utf-8"), encoding="utf-8")
+        print(f"passed; {PASSED.relative_to(ROOT)} holds the versions")
+    return code
 
 
 if __name__ == "__main__":

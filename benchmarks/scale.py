@@ -124,7 +124,7 @@ def dp(records: int) -> Work:
 
 
 def dpnas(images: int) -> Work:
-    """The MNIST network on images, without training."""
+    """The default network on images of 32x32, without training."""
     from hf_plugins.dpnas import DPNASNetConfig, DPNASNetForImageClassification
 
     model = DPNASNetForImageClassification(DPNASNetConfig()).eval()
@@ -132,7 +132,7 @@ def dpnas(images: int) -> Work:
     def work() -> None:
         with torch.no_grad():
             for _ in range(images // 16):
-                model(torch.zeros(16, 1, 28, 28))
+                model(torch.zeros(16, 3, 32, 32))
 
     return work
 
@@ -150,7 +150,12 @@ def hpn(clients: int) -> Work:
     from hf_plugins.hpn.config import HPNConfig
     from hf_plugins.hpn.space import Categorical, Space
 
-    space = Space({"learning_rate": Categorical((0.1, 0.3, 1.0)), "weight_decay": Categorical((0.0, 0.1))})
+    space = Space(
+        {
+            "learning_rate": Categorical(choices=(0.1, 0.3, 1.0)),
+            "weight_decay": Categorical(choices=(0.0, 0.1)),
+        }
+    )
     search = HPN(space, HPNConfig(num_rounds=20))
     ids = list(range(clients))
     generator = torch.Generator().manual_seed(0)
@@ -232,7 +237,7 @@ CURVES = (
     Curve("GradPruner", "apply on disk", "weights", gradpruner, DISK, 8 * 10**9, "8B"),
     Curve("FAPM", "prune on disk", "weights", fapm, DISK, 8 * 10**9, "8B"),
     Curve("DP", "one private step", "records a step", dp, (64, 256, 1024), 4096, "batch 4,096"),
-    Curve("DPNAS", "network, forward", "images", dpnas, (64, 256, 1024), 10000, "MNIST test"),
+    Curve("DPNAS", "network, forward", "images", dpnas, (64, 256, 1024), 10000, "CIFAR-10 test"),
     Curve("DP-FedAvg", "5 rounds of 10", "clients", dp_fedavg, (10, 1000, 100000), 10**4, "10,000 clients"),
     Curve("HPN", "10 steps of the policy", "clients a step", hpn, (10, 100, 1000), 1000, "1,000 a round"),
     Curve("TEE-split", "sealing", "tokens", tee_split, (2048, 8192, 32768), 10**6, "10^6 tokens"),

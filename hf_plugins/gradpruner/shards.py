@@ -70,7 +70,7 @@ def read_checkpoint(folder: Path) -> dict[str, list[str]]:
 
     Raises:
         FileNotFoundError: If there are no safetensors weights.
-        ValueError: If index and files do not name the same tensors.
+        ValueError: If index and files do not name the same tensors, or the index names a file elsewhere.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
@@ -86,6 +86,11 @@ def read_checkpoint(folder: Path) -> dict[str, list[str]]:
         )
     found = {}
     for file, names in sorted(promised.items()):
+        if Path(file).name != file:
+            raise ValueError(
+                f"the index of {folder} names {file!r}, which is not a file of that folder. Do not trust this "
+                "checkpoint; if you moved its shards yourself, put them beside the index."
+            )
         if not (folder / file).is_file():
             raise FileNotFoundError(
                 f"the index names {file}, which is not in {folder}. Fetch the missing shard."

@@ -386,7 +386,7 @@ def npz(
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist; write arrays x and labels with numpy.savez.")
-    with np.load(file) as arrays:
+    with np.load(file, allow_pickle=False) as arrays:
         missing = {"x", "labels"} - set(arrays.files)
         if missing:
             raise ValueError(f"{file} lacks the arrays {', '.join(sorted(missing))}; it has {arrays.files}.")

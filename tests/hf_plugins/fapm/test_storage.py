@@ -192,3 +192,10 @@ def test_system_calls_that_move_a_part(tmp_path: Path, monkeypatch: pytest.Monke
     writer.close(sync=False)
     with Checkpoint(tmp_path) as checkpoint:
         assert torch.equal(checkpoint.tensor("a"), values)
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/out.safetensors", "a/b.safetensors"])
+def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(ValueError, match="is not a file of that folder. Do not trust this checkpoint"):
+        shard_paths(tmp_path)

@@ -94,3 +94,12 @@ def test_index_and_files_must_agree(file: Path, tmp_path: Path, tensors: dict[st
 def test_weights_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="pickled .bin weights are not read"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/out.safetensors", "a/b.safetensors"])
+def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> None:
+    """Output files are called as the index calls them: such a name would be written to."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(ValueError, match="is not a file of that folder. Do not trust this checkpoint"):
+        read_checkpoint(tmp_path)

@@ -1,6 +1,7 @@
 """Bit-equality of the halves for every family, partial loading, and refusals by name."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,11 @@ def test_models_of_another_build_are_refused() -> None:
 def test_both_lists_do_not_overlap() -> None:
     assert not VERIFIED & set(REFUSED)
     assert set(NINE) < VERIFIED
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/out.safetensors", "a/b.safetensors"])
+def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(ValueError, match="is not a file of that folder. Do not trust this checkpoint"):
+        room._index(tmp_path)

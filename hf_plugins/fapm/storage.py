@@ -131,8 +131,8 @@ def shard_paths(folder: Path) -> list[Path]:
         outside = sorted(name for name in set(names) if Path(name).name != name)
         if outside:
             raise ValueError(
-                f"the index of {folder} names {outside[0]!r}, which is not a file of that folder. Do not trust "
-                "this checkpoint; if you moved its shards yourself, put them beside the index."
+                f"the index of {folder} names {outside[0]!r}, which is not a file of that folder. Do not "
+                "trust this checkpoint; if you moved its shards yourself, put them beside the index."
             )
         paths = [folder / name for name in sorted(set(names))]
     else:

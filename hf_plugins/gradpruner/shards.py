@@ -88,8 +88,8 @@ def read_checkpoint(folder: Path) -> dict[str, list[str]]:
     for file, names in sorted(promised.items()):
         if Path(file).name != file:
             raise ValueError(
-                f"the index of {folder} names {file!r}, which is not a file of that folder. Do not trust this "
-                "checkpoint; if you moved its shards yourself, put them beside the index."
+                f"the index of {folder} names {file!r}, which is not a file of that folder. Do not trust "
+                "this checkpoint; if you moved its shards yourself, put them beside the index."
             )
         if not (folder / file).is_file():
             raise FileNotFoundError(

@@ -321,8 +321,8 @@ def _index(folder: Path) -> dict[str, Path]:
         outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file)
         if outside:
             raise ValueError(
-                f"the index of {folder} names {outside[0]!r}, which is not a file of that folder. Do not trust "
-                "this checkpoint; if you moved its shards yourself, put them beside the index."
+                f"the index of {folder} names {outside[0]!r}, which is not a file of that folder. Do not "
+                "trust this checkpoint; if you moved its shards yourself, put them beside the index."
             )
         return {name: folder / file for name, file in weight_map.items()}
     if not single.is_file():

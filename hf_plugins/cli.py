@@ -88,7 +88,10 @@ def _dispatch(method: str, arguments: Sequence[str], rooms: Sequence[Room]) -> i
         return 2
     try:
         command = importlib.import_module(f"{room.module}.__main__")
+        return command.main(list(arguments))
     except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("hf_plugins", "mm_plugins"):
+            raise
         extra = EXTRAS.get(room.name, "mm" if room.module.startswith("mm_") else "hf")
         sys.stderr.write(
             f"mmhf: {room.name} needs the package {error.name!r}, which is not installed. "
@@ -99,7 +102,6 @@ def _dispatch(method: str, arguments: Sequence[str], rooms: Sequence[Room]) -> i
         # The room's own package has said what is missing and how to get it.
         sys.stderr.write(f"mmhf: {error}\n")
         return 1
-    return command.main(list(arguments))
 
 
 def _parser(rooms: Sequence[Room]) -> argparse.ArgumentParser:

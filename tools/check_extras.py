@@ -32,7 +32,7 @@ import contextlib, io
 from hf_plugins.cli import main
 said = io.StringIO()
 with contextlib.redirect_stderr(said):
-    assert main(["{method}", "run", "x"]) == 1
+    assert main(["{method}", "{word}"]) == 1
 assert "mmhf-plugins[{extras}]" in said.getvalue(), said.getvalue()
 """
 FIRST_STEPS = {
@@ -68,9 +68,11 @@ FIRST_STEPS = {
         ),
     ),
     # These three complete the hf extra; alone they install, and the command names what else it takes.
-    "federated": Job(extras="federated", code=MISSING.format(method="dp-fedavg", extras="hf,federated")),
-    "data": Job(extras="data", code=MISSING.format(method="dpf-cm", extras="hf,data")),
-    "tee": Job(extras="tee", code=MISSING.format(method="tee-split", extras="hf,tee")),
+    "federated": Job(
+        extras="federated", code=MISSING.format(method="dp-fedavg", word="run", extras="hf,federated")
+    ),
+    "data": Job(extras="data", code=MISSING.format(method="autodp", word="demo", extras="hf,data")),
+    "tee": Job(extras="tee", code=MISSING.format(method="tee-split", word="demo", extras="hf,tee")),
     "hf,federated": Job(
         extras="hf,federated",
         code=(

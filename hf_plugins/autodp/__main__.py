@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands = {"search": _search, "apply": _apply, "report": _report, "demo": _demo}
         return (commands | {"evaluate": _evaluate})[args.command](args)
+    except ModuleNotFoundError:
+        raise  # `mmhf` names the extra that brings it.
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("hf_plugins.dpf_cm").setLevel(logging.INFO)
     try:
         return {"run": _run, "ops": _ops, "ppvd": _ppvd}[args.command](args)
+    except ModuleNotFoundError:
+        raise  # `mmhf` names the extra that brings it.
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"export": _export, "train": _train}.get(argv[0] if argv else "", _scan)
     try:
         return command(argv if command is _scan else argv[1:])
+    except ModuleNotFoundError:
+        raise  # `mmhf` names the extra that brings it.
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

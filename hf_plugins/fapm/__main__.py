@@ -227,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {"prune": _prune, "curve": _curve, "mergekit": _mergekit, "demo": _demo}.get(args.command, _sidecar)
     try:
         return run(args)
+    except ModuleNotFoundError:
+        raise  # `mmhf` names the extra that brings it.
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.stderr.write(f"mmhf fapm: {error}\n")
         return 2

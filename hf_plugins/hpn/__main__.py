@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"search": _search, "deploy": _deploy, "picture": _picture}[args.command]
     try:
         print(json.dumps(command(args)))
+    except ModuleNotFoundError:
+        raise  # `mmhf` names the extra that brings it.
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"mmhf hpn {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

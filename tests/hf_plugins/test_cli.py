@@ -92,3 +92,14 @@ def test_an_interruption_is_one_line(
     monkeypatch.setattr(cli, "find_rooms", lambda: [room])
     assert cli.main(["toy"]) == 130
     assert "mmhf: interrupted" in capsys.readouterr().err
+
+
+def test_a_package_missed_while_running_names_the_extra_too(
+    toy_room: Path, capsys: pytest.CaptureFixture
+) -> None:
+    room = _toy(toy_room, "toy_late", "def main(argv):\n    import no_such_package\n")
+    assert cli._dispatch("toy", [], [room]) == 1
+    assert "needs the package 'no_such_package'" in capsys.readouterr().err
+    own = _toy(toy_room, "toy_broken", "def main(argv):\n    import hf_plugins.no_such_module\n")
+    with pytest.raises(ModuleNotFoundError):
+        cli._dispatch("toy", [], [own])

@@ -27,7 +27,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.host]
 NUM_KILLS = 6
 MMHF = "from hf_plugins.cli import main; raise SystemExit(main())"
 # Fields that differ between two runs of the same work: clocks, folders, what a cache has saved.
-CLOCK = re.compile(r"counts|second|time|date|rate|per_s|rss|peak|began|ended|commit|path|folder|_dir|versions")
+CLOCK = re.compile(
+    r"counts|second|time|date|rate|per_s|rss|peak|began|ended|commit|path|folder|_dir|versions"
+)
 HALF = re.compile(r"\.(part|tmp|temp|incomplete)$|~$|^tmp")
 
 

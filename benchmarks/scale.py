@@ -85,7 +85,12 @@ def gradpruner(folder: Path) -> Work:
     from hf_plugins.cli import main
 
     words = ["gradpruner", "apply", "--model", str(folder / "base"), "--method", "reverse", "--n_prune", "2"]
-    return lambda: main([*words, "--output_dir", str(folder / "short")])
+
+    def work() -> None:
+        if main([*words, "--output_dir", str(folder / "short")]) != 0:
+            raise RuntimeError("mmhf gradpruner apply failed")
+
+    return work
 
 
 def fapm(folder: Path) -> Work:

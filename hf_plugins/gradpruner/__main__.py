@@ -65,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parser.parse_args(words[:1]).command
     try:
         options = TrlParser((RunConfig, GradPrunerConfig, SFTConfig), prog=f"mmhf gradpruner {command}")  # type: ignore[arg-type]
-        if "--config" in words[:-1]:
-            read_recipe(words[words.index("--config") + 1])
+        recipe = read_recipe(words[words.index("--config") + 1]) if "--config" in words[:-1] else {}
+        if "bf16" not in recipe and "--bf16" not in words and not torch.accelerator.is_available():
+            # SFTConfig's own default, bf16, is refused where there is only a CPU.
+            words += ["--bf16", "false"]
         run, config, args = options.parse_args_and_config(words[1:])
         run = replace(run, model=model_folder(run.model))
         return {"score": _score, "apply": _apply, "run": _run}[command](run, config, args)

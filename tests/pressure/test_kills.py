@@ -133,6 +133,8 @@ def _start(words: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", MMHF, *words],
         cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and their children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_score_then_apply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert plan["steps"] == {"scored": 4, "zero": 1, "skipped": 0}
     assert len(plan["stability"]["drop_frequency"]) == 6
     assert (tmp_path / "scores" / "scores.svg").read_text().startswith("<svg")
-    base = ["apply", "--model", str(model), "--scores", str(tmp_path / "scores"), "--bf16", "false"]
+    base = ["apply", "--model", str(model), "--scores", str(tmp_path / "scores")]
     for n, merge in ((2, "1"), (3, "all")):
         out = tmp_path / f"short{n}"
         assert main([*base, "--output_dir", str(out), "--n_prune", str(n), "--n_merge", merge]) == 0

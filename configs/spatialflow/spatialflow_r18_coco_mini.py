@@ -4,22 +4,22 @@ _base_ = ["./_base_/small.py"]
 
 data_root = "data/coco_panoptic_mini/"
 model = dict(
-    semantic_head=dict(loss_resolution="quarter"),
+    semantic_head=dict(loss_resolution="full"),
     train_cfg=dict(det_proposal=dict(max_per_img=20)),
     test_cfg=dict(det=dict(score_thr=0.3), panoptic=dict(stuff_area_limit=1000)),
 )
-# Some of the set whose segments are large enough for 192 pixels.
+# Some of the set whose segments are large enough for 320 pixels.
 indices = [4, 16, 27]
 meta_keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadPanopticAnnotations"),
-    dict(type="Resize", scale=(192, 192), keep_ratio=True),
+    dict(type="Resize", scale=(320, 320), keep_ratio=True),
     dict(type="PackDetInputs", meta_keys=meta_keys),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(192, 192), keep_ratio=True),
+    dict(type="Resize", scale=(320, 320), keep_ratio=True),
     dict(type="PackDetInputs", meta_keys=meta_keys),
 ]
 train_dataloader = dict(
@@ -59,7 +59,7 @@ val_evaluator = dict(
 test_evaluator = val_evaluator
 
 # One step an epoch: the batch is the whole set.
-max_epochs = 200
+max_epochs = 250
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=50)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

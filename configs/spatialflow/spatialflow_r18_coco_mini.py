@@ -4,22 +4,25 @@ _base_ = ["./_base_/small.py"]
 
 data_root = "data/coco_panoptic_mini/"
 model = dict(
+    # All images get one size, alone or in a batch: a network that has learnt them by heart has learnt their padding too.
+    data_preprocessor=dict(pad_size_divisor=256),
     semantic_head=dict(loss_resolution="quarter"),
     train_cfg=dict(det_proposal=dict(max_per_img=20)),
     test_cfg=dict(det=dict(score_thr=0.3), panoptic=dict(stuff_area_limit=1000)),
 )
-# Some of the set whose segments are large enough for 192 pixels.
-indices = [4, 16, 27]
+# Three of the set whose segments are large: laid down at a quarter of 256 pixels and enlarged again, the annotation itself
+# still has a PQ of 97 to 98, and no segment less than 96.
+indices = [4, 16, 17]
 meta_keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadPanopticAnnotations"),
-    dict(type="Resize", scale=(192, 192), keep_ratio=True),
+    dict(type="Resize", scale=(256, 256), keep_ratio=True),
     dict(type="PackDetInputs", meta_keys=meta_keys),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(192, 192), keep_ratio=True),
+    dict(type="Resize", scale=(256, 256), keep_ratio=True),
     dict(type="PackDetInputs", meta_keys=meta_keys),
 ]
 train_dataloader = dict(
@@ -59,7 +62,7 @@ val_evaluator = dict(
 test_evaluator = val_evaluator
 
 # One step an epoch: the batch is the whole set.
-max_epochs = 200
+max_epochs = 400
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=50)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")

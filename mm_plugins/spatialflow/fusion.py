@@ -76,10 +76,9 @@ def fuse(
         panoptic[window][part] = ids[n]
         free_here[part] = False
 
-    # Free pixels of "some thing" have index num_stuff, which already is void.
+    # Free pixels of "some thing" have index num_stuff: laid or not, they are void.
     areas = torch.bincount(stuff_HW[free], minlength=num_stuff + 1)
     large = areas >= stuff_area_limit
-    large[num_stuff] = False
     laid = free & large[stuff_HW]
     panoptic[laid] = (stuff_HW[laid] + num_things).to(panoptic.dtype)
 

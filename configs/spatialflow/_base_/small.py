@@ -10,7 +10,8 @@ model = dict(
         num_stages=4,
         out_indices=(0, 1, 2, 3),
         frozen_stages=-1,
-        norm_cfg=dict(type="BN", requires_grad=True),
+        # From scratch, on few small crops: statistics of a batch are not those of a whole image.
+        norm_cfg=dict(type="GN", num_groups=8, requires_grad=True),
         norm_eval=False,
         style="pytorch",
         # Blocks that start as the identity cost a small network its first steps.

@@ -362,6 +362,22 @@ def test_undecided_masks_lose_ln_2() -> None:
     assert float(loss.detach()) == pytest.approx(math.log(2), rel=1e-6)
 
 
+@pytest.mark.host
+def test_masks_learn_on_every_image_of_the_batch() -> None:
+    """Two objects an image: the loss of both images is the mean of their losses, which differ."""
+    head, samples = mask_head(), tiny.synthetic_batch([(64, 64), (64, 64)])["data_samples"]
+    generator = torch.Generator().manual_seed(0)
+    features = [3 * torch.randn(2, 64, 64 // s, 64 // s, generator=generator) for s in (8, 16, 32)]
+    nothing = InstanceData(bboxes=torch.zeros(0, 4))
+
+    def loss(first: int, last: int) -> float:
+        part = [level[first:last] for level in features]
+        return float(head.loss(part, [nothing] * (last - first), samples[first:last])["loss_mask"].detach())
+
+    assert abs(loss(0, 1) - loss(1, 2)) > 1e-3
+    assert loss(0, 2) == pytest.approx((loss(0, 1) + loss(1, 2)) / 2, rel=1e-5)
+
+
 def test_fusion_options_are_checked() -> None:
     assert SpatialFlowFusionHead(3, 2).settings["stuff_area_limit"] == 4900
     with pytest.raises(ValueError, match="test_cfg.panoptic has unknown .*overlap.*; it takes score_thr"):

@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from tests.contract.rooms import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.host]
-NUM_KILLS = 6
 MMHF = "from hf_plugins.cli import main; raise SystemExit(main())"
 # Fields that differ between two runs of the same work: clocks, folders, what a cache has saved.
 CLOCK = re.compile(
@@ -43,6 +42,7 @@ class Long:
     """What follows ``mmhf``."""
     results: tuple[str, ...]
     """Globs of what the command is for, below the folder."""
+    kills: int = 6
 
 
 def _fapm_pair(folder: Path) -> None:
@@ -124,6 +124,7 @@ COMMANDS = {
         prepare=_nothing,
         words=lambda f: ["autodp", "demo", "--out", str(f / "out")],
         results=("out/result.json",),
+        kills=3,
     ),
 }  # fmt: skip
 
@@ -164,7 +165,7 @@ def _results(command: Long, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_killed_at_random_moments(name: str, tmp_path: Path) -> None:
-    """Six kills, by SIGKILL and SIGINT in turn; then the command is given once more."""
+    """By SIGKILL and SIGINT in turn; then the command is given once more."""
     command = COMMANDS[name]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
@@ -179,7 +180,7 @@ def test_killed_at_random_moments(name: str, tmp_path: Path) -> None:
     assert expected, f"{name} leaves none of {command.results}"
 
     moments = random.Random(name)
-    for kill in range(NUM_KILLS):
+    for kill in range(command.kills):
         process = _start(command.words(broken))
         try:
             said = process.communicate(timeout=moments.uniform(0.2, 1.0) * takes)[1]

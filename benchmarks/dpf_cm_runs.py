@@ -12,6 +12,7 @@ import json
 import random
 import re
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -339,21 +340,23 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
     def mean(reports: Sequence[dict[str, Any]], place: int, key: str) -> float:
         return statistics.mean(report["attacks"][place][key] for report in reports)
 
-    rows_out.append(
-        ["no guard", *[f"{mean(before, i, 'rouge_before'):.2f}" for i in range(len(names))], "-", "-", "-"]
-    )
+    def cells(reports: Sequence[dict[str, Any]], when: str) -> list[str]:
+        kinds = (f"rouge_{when}", f"exact_{when}")
+        return [" / ".join(f"{mean(reports, i, kind):.2f}" for kind in kinds) for i in range(len(names))]
+
+    rows_out.append(["no guard", *cells(before, "before"), "-", "-", "-", "-"])
     for design, reports in collected.items():
         benign = [statistics.mean(r["benign"][i]["false_positives"] for r in reports) for i in (0, 1)]
         same = statistics.mean(r["benign"][0]["unchanged"] for r in reports)
         rows_out.append(
             [
                 design,
-                *[f"{mean(reports, i, 'rouge_after'):.2f}" for i in range(len(names))],
+                *cells(reports, "after"),
                 *[f"{100 * value:.1f} %" for value in benign],
                 f"{100 * same:.1f} %",
+                f"{statistics.median(t for r in reports for t in r['added_ms']):.1f}",
             ]
         )
-    exact = ", ".join(f"{n}: {mean(before, i, 'exact_before'):.2f}" for i, n in enumerate(names))
     shown = collected["4 prefixes + block 10-grams (default)"]
     drop = mean(shown, 0, "absolute_drop")
     write_result(
@@ -362,15 +365,21 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
         config={"private": count, "steps": steps, "designs": list(_DESIGNS)},
         seeds=seeds,
         packages=PACKAGES,
-        columns=["guard", *names, "benign matched", "look-alikes matched", "benign replies unchanged"],
+        columns=[
+            "guard",
+            *names,
+            "benign matched",
+            "look-alikes matched",
+            "benign replies unchanged",
+            "ms added to a reply of 32 tokens",
+        ],  # fmt: skip
         rows=rows_out,
         notes=[
-            f"ROUGE-L of what an attacker gets, mean over the memorised of {count} private rows "
-            "(patient_doctor_qa; memorised: "
-            f"{', '.join(map(str, memory))} by seed) and over seeds; safe answers are one fixed sentence. "
-            "Model: 2 layers, "
-            "width 96, fresh weights, trained until it repeats them.",
-            f"Without a guard the whole target stands in the reply in these shares: {exact}.",
+            f"ROUGE-L of what an attacker gets / share of replies that hold the whole target; means over the "
+            f"memorised of {count} private rows (patient_doctor_qa; memorised: "
+            f"{', '.join(map(str, memory))} by seed) and over seeds. Safe answers are one fixed sentence, "
+            f"whose own ROUGE-L with the targets is what a replaced reply scores. Model: 2 layers, width 96, "
+            "fresh weights, trained until it repeats them.",
             f"The paper's 27 % is 0.85 - 0.58, the threshold minus the mean after. By that definition the "
             "default here gives "
             f"0.85 - {mean(shown, 0, 'rouge_after'):.2f}; the drop from the mean before is {drop:.2f} "
@@ -384,8 +393,8 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
 
 
 def _guard_seed(seed: int, count: int, steps: int) -> dict[str, Any]:
-    private = qa("patient_doctor_qa", count, skip=count * seed, longest=150)
-    public = qa("patient_doctor_qa", 140, skip=count * 4, longest=150)
+    private = qa("patient_doctor_qa", count, skip=count * seed, longest=200)
+    public = qa("patient_doctor_qa", 140, skip=count * 4, longest=200)
     sources = Dataset.from_list(
         [row | {"instruction": None, "history": [], "source": "p"} for row in private]
     )
@@ -434,11 +443,38 @@ def _guard_seed(seed: int, count: int, steps: int) -> dict[str, Any]:
             risky,
             {"benign": questions[half:], "look-alikes": alike},
             paraphrases=[_paraphrase(s.prompt) for s in risky],
-            max_new_tokens=64,
+            max_new_tokens=8 + max(len(answer_ids(tokenizer, s.answer)) for s in risky),
             batch_size=24,
             memo=memo,
-        ) | {"calibration": built.calibration and built.calibration._asdict()}
+        ) | {
+            "calibration": built.calibration and built.calibration._asdict(),
+            "added_ms": _added_ms(built, questions[half : half + 6]),
+        }
+        print(f"seed {seed}: {name}", flush=True)
     return {"memorised": f"{len(risky)}/{len(samples)}", "designs": designs}
+
+
+def _added_ms(
+    built: PrivacyPreservingVectorDB, questions: Sequence[str], num_tokens: int = 32
+) -> list[float]:
+    """CPU milliseconds that the guard adds to one reply of fixed length, a figure a question."""
+    model, tokenizer = built.reader.model, built.reader.tokenizer
+    found = []
+    for question in questions:
+        ids = torch.tensor([prompt_ids(tokenizer, question)])
+        best = []
+        for generate in (model.generate, built.generate):
+            times = []
+            for _ in range(3):
+                start = time.process_time()
+                generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                    min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=tokenizer.pad_token_id,
+                )  # fmt: skip
+                times.append(time.process_time() - start)
+            best.append(min(times))
+        found.append(1000 * (best[1] - best[0]))
+    return found
 
 
 # --- SFT on processed against raw rows
@@ -558,7 +594,7 @@ def main() -> None:
     parts: dict[str, Callable[[], None]] = {
         "defects": lambda: defects(seeds, 200 if small else 500),
         "denoise": lambda: denoise(seeds, 60 if small else 300, 5 if small else 40),
-        "guard": lambda: guard(seeds, 8 if small else 24, 60 if small else 160),
+        "guard": lambda: guard(seeds, 8 if small else 24, 60 if small else 240),
         "sft": lambda: sft(seeds, 200 if small else 1000, 10 if small else 120),
     }
     for name in args.parts or parts:

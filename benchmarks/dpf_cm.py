@@ -49,7 +49,8 @@ def measure(prepare, work):
     wall = time.perf_counter()
     kept = work(data)
     wall, (after, high, child) = time.perf_counter() - wall, used()
-    print(json.dumps({"cpu": after - cpu, "wall": wall, "kept": kept, "mib": high - peak + max(0, child - peak)}))
+    mib = high - peak + max(0, child - peak)
+    print(json.dumps({"cpu": after - cpu, "wall": wall, "kept": kept, "mib": mib}))
 """
 _SIDES = {
     "ours": r"""

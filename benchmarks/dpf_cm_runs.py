@@ -46,9 +46,10 @@ def qa(name: str, count: int, *, skip: int = 0, longest: int = 400) -> list[dict
         "patient_doctor_qa": ("zh_medical", "qa", {"question": "ask"}),
         "huatuo_kg": ("zh_medical", "alpaca", {}),
         "medquad": ("medquad", "qa", {}),
+        "pubmedqa": ("pubmedqa", "qa", {"answer": "long_answer"}),
     }
     folder, form, keys = sources[name]
-    file = "train.jsonl.gz" if name == "medquad" else f"{name}.jsonl.gz"
+    file = f"{name}.jsonl.gz" if folder == "zh_medical" else "train.jsonl.gz"
     rows = read_sources([{"files": [str(data_set(folder) / file)], "format": form, "keys": keys}])
     found = [
         {"question": r["question"], "answer": r["answer"]}
@@ -61,7 +62,20 @@ def qa(name: str, count: int, *, skip: int = 0, longest: int = 400) -> list[dict
 # --- planted defects
 # -----------------------------------------------------------------------------------------
 
-_AD = "<div class='ad'><a href='http://ad.example.cn/x?id=3'>点击咨询</a></div><br/>&nbsp;"
+# What is planted, by whether the row is in Chinese.
+_AD = {
+    True: "<div class='ad'><a href='http://ad.example.cn/x?id=3'>点击咨询</a></div><br/>&nbsp;",
+    False: "<div class='ad'><a href='http://ad.example.cn/x?id=3'>Ask a doctor now</a></div><br/>&nbsp;",
+}
+_CONTACT = {
+    True: "可加我微信同号{phone}，邮箱dr{number}@hosp.example.com",
+    False: " Reach me at {phone} or dr{number}@hosp.example.com.",
+}
+_TYPO = {True: "的了在是", False: "aeio"}
+
+
+def _chinese(text: str) -> bool:
+    return re.search("[\u4e00-\u9fff]", text) is not None
 
 
 def _terms(text: str) -> set[str]:
@@ -105,6 +119,7 @@ def plant(
     for place, kind in enumerate(("repetition", "symbols", "markup", "personal", "short", "mismatch")):
         for index in order[place * size : (place + 1) * size]:
             row, kinds[index] = rows[index], kind
+            chinese = _chinese(row["answer"])
             if kind == "repetition":
                 row["answer"] = (row["answer"][:12] or "好的好的好的好的好的好的") * 12
             elif kind == "symbols":
@@ -112,10 +127,13 @@ def plant(
                     c + rng.choice("★◆#*@!~…●") * (rng.random() < 0.6) for c in row["answer"]
                 )
             elif kind == "markup":
-                row["answer"] = _AD + row["answer"].replace("，", "，<br/>", 3) + "<!-- end -->"
+                comma = "，" if chinese else ", "
+                row["answer"] = (
+                    _AD[chinese] + row["answer"].replace(comma, f"{comma}<br/>", 3) + "<!-- end -->"
+                )
             elif kind == "personal":
                 phone = "1" + rng.choice("3578") + "".join(rng.choices("0123456789", k=9))
-                row["answer"] += f"可加我微信同号{phone}，邮箱dr{rng.randrange(999)}@hosp.example.com"
+                row["answer"] += _CONTACT[chinese].format(phone=phone, number=rng.randrange(999))
             elif kind == "short":
                 row["answer"] = row["answer"][:3]
             else:
@@ -123,7 +141,8 @@ def plant(
     for index in order[6 * size : 7 * size]:
         copy = dict(rows[index])
         place = len(copy["answer"]) // 2
-        copy["answer"] = copy["answer"][:place] + rng.choice("的了在是") + copy["answer"][place + 1 :]
+        typo = rng.choice(_TYPO[_chinese(copy["answer"])])
+        copy["answer"] = copy["answer"][:place] + typo + copy["answer"][place + 1 :]
         rows.append(copy)
         kinds.append("duplicate")
     return rows, kinds
@@ -146,17 +165,13 @@ def defects(seeds: Sequence[int], count: int) -> None:
     for seed in seeds:
         for language, rows in (
             ("Chinese", qa("patient_doctor_qa", count) + qa("huatuo_kg", count)),
-            ("English", qa("medquad", count, longest=1500)),
+            ("MedQuAD", qa("medquad", count, longest=1500)),
+            ("PubMedQA", qa("pubmedqa", count, longest=1500)),
         ):
             dirty, kinds = plant(rows, seed)
             data = Dataset.from_list(dirty)
             for kind, name, params in _DETECTORS:
                 context = OpContext(clients={"default": ScriptedChat(scorer(dirty))})
-                data_ids = make_op("text_length_filter").run(
-                    data.rename_column("answer", "text"), OpContext()
-                )
-                del data_ids
-
                 ided = with_row_ids(data)
                 make_op({name: params}).run(ided, context)
                 truth = {i for i, k in zip(ided[ROW_ID], kinds, strict=True) if k == kind}
@@ -181,9 +196,9 @@ def defects(seeds: Sequence[int], count: int) -> None:
         columns=["operator", "planted defect", "rows", "precision", "recall", "other rows hit (mean)"],
         rows=rows_out,
         notes=[
-            f"Real rows ({count} patient_doctor_qa + {count} huatuo_kg in Chinese, up to {count} medquad "
-            "in English), "
-            "each defect planted on 5 % of them; means over seeds.",
+            f"Real rows (Chinese: {count} patient_doctor_qa + {count} huatuo_kg; up to {count} of MedQuAD "
+            "and of PubMedQA, question and long answer), each defect planted on 5 % of them; means over "
+            "seeds.",
             "Precision counts natural defects against the operator: the raw rows hold repetition, markup "
             "and duplicates "
             "of their own. The scorer is a rule (the answer takes up a rare term of its question), not a "

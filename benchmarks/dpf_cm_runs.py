@@ -440,19 +440,19 @@ def _guard_seed(seed: int, count: int, steps: int) -> dict[str, Any]:
         alike.append("".join([*parts[:-1][: max(1, len(parts) // 2)], *other[len(other) // 2 :]]))
     designs, memo = {}, {}
     for name, changes in _DESIGNS.items():
-        fixed = "threshold" in changes
-        config = PPVDConfig(
-            **(
-                {"store": "numpy", "output_guard": "off"}
-                | ({"min_tpr": 0.0, "max_fpr": 0.999} if fixed else {})
-                | changes
-            )
-        )
+        fixed = changes.get("threshold")
+        options = {"store": "numpy", "output_guard": "off"} | changes
+        if fixed is not None:
+            # A guard refuses to start with this threshold; it is put in place behind its back.
+            options |= {"min_tpr": 0.0, "max_fpr": 0.5, "threshold": None}
+        config = PPVDConfig(**options)
         built = PrivacyPreservingVectorDB.build(
             model, tokenizer, risky, ["这个问题涉及个人情况，请直接咨询您的医生。"] * len(risky),
             questions[:half],
             config=config, key=b"k" * 32,
         )  # fmt: skip
+        if fixed is not None and built.calibration is not None:
+            built.calibration = built.calibration._replace(threshold=fixed)
         designs[name] = evaluate_guard(
             built,
             risky,

@@ -116,7 +116,7 @@ def test_ready_recipes_are_valid(path: Path) -> None:
 
 
 def test_every_module_imports_and_every_path_of_the_readme_is_there() -> None:
-    """Regression, defect 1: the release imports a module, and names paths in its README, that are not there."""
+    """Regression, defect 1: the release imports a module and names paths in its README that are not there."""
     names = [module.name for module in pkgutil.iter_modules(hf_plugins.autodp.__path__, "hf_plugins.autodp.")]
     assert "hf_plugins.autodp.strategy" in names
     for name in names:

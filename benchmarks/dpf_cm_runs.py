@@ -252,7 +252,7 @@ def denoise(seeds: Sequence[int], limit: int, steps: int) -> None:
             base = trainer.small_model(texts, WORK / f"denoise-base-{seed}", sizes, seed)
             options = {
                 "max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 1e-3,
-                "max_length": 192,
+                "max_length": 160,
                 "disable_tqdm": True, "logging_steps": 1000, "save_strategy": "no",
             }  # fmt: skip
             found: dict[str, Any] = {}
@@ -369,7 +369,8 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
                 *cells(reports, "after"),
                 *[f"{100 * value:.1f} %" for value in benign],
                 f"{100 * same:.1f} %",
-                f"{statistics.median(t for r in reports for t in r['added_ms']):.1f}",
+                # A replaced reply is shorter; its time says nothing.
+                f"{statistics.median(t for r in reports for t in r['added_ms']):.1f}" if same > 0.5 else "-",
             ]
         )
     shown = collected["4 prefixes + block 10-grams (default)"]
@@ -608,7 +609,7 @@ def main() -> None:
     seeds = (0,) if small else tuple(int(word) for word in args.seeds.split(","))
     parts: dict[str, Callable[[], None]] = {
         "defects": lambda: defects(seeds, 200 if small else 500),
-        "denoise": lambda: denoise(seeds, 60 if small else 300, 5 if small else 40),
+        "denoise": lambda: denoise(seeds, 60 if small else 300, 5 if small else 30),
         "guard": lambda: guard(seeds, 8 if small else 24, 60 if small else 240),
         "sft": lambda: sft(seeds, 200 if small else 1000, 10 if small else 120),
     }

@@ -609,9 +609,9 @@ def main() -> None:
     seeds = (0,) if small else tuple(int(word) for word in args.seeds.split(","))
     parts: dict[str, Callable[[], None]] = {
         "defects": lambda: defects(seeds, 200 if small else 500),
-        "denoise": lambda: denoise(seeds, 60 if small else 300, 5 if small else 30),
+        "denoise": lambda: denoise(seeds, 60 if small else 200, 5 if small else 24),
         "guard": lambda: guard(seeds, 8 if small else 24, 60 if small else 240),
-        "sft": lambda: sft(seeds, 200 if small else 1000, 10 if small else 120),
+        "sft": lambda: sft(seeds, 200 if small else 600, 10 if small else 90),
     }
     for name in args.parts or parts:
         if name not in parts:

@@ -611,7 +611,7 @@ def main() -> None:
         "defects": lambda: defects(seeds, 200 if small else 500),
         "denoise": lambda: denoise(seeds, 60 if small else 200, 5 if small else 24),
         "guard": lambda: guard(seeds, 8 if small else 24, 60 if small else 240),
-        "sft": lambda: sft(seeds, 200 if small else 600, 10 if small else 90),
+        "sft": lambda: sft(seeds, 200 if small else 600, 10 if small else 60),
     }
     for name in args.parts or parts:
         if name not in parts:

@@ -195,7 +195,7 @@ def ops(sizes: Sequence[int], repeats: int, work: Path) -> None:
             details[f"{name}/{size}"] = found
     write_result(
         "dpf_cm_ops",
-        command=COMMAND + " ops",
+        command=f"{COMMAND} ops --rows {','.join(map(str, sizes))}",
         config={"sizes": list(sizes), "repeats": repeats, "operators": [list(spec) for spec in _OPS]},
         seeds=[0],
         packages=("datasets", "rensa"),
@@ -312,10 +312,13 @@ def main() -> None:
         "--short", action="store_true", help="tiny settings; writes nothing into docs/results"
     )
     parser.add_argument(
+        "--rows", default="10000,100000", help="sizes of the operators' data, with commas between"
+    )
+    parser.add_argument(
         "--keys", default="1000,100000,1000000", help="sizes of the store, with commas between"
     )
     args = parser.parse_args()
-    wanted = tuple(int(word) for word in args.keys.split(","))
+    wanted, counts = (tuple(int(word) for word in given.split(",")) for given in (args.keys, args.rows))
     disable_progress_bars()
     small = args.short
     if small:
@@ -323,9 +326,7 @@ def main() -> None:
 
         benchmarks.record.write_result.__kwdefaults__["folder"] = Path(tempfile.gettempdir()) / "mmhf_short"
     parts = {
-        "ops": lambda: ops(
-            (200,) if small else (10_000, 100_000), 1 if small else 2, WORK / "short" if small else WORK
-        ),
+        "ops": lambda: ops((200,) if small else counts, 1 if small else 2, WORK / "short" if small else WORK),
         "stores": lambda: stores((1000,) if small else wanted, 64 if small else 384, 3 if small else 5),
     }
     for name in args.parts or parts:

@@ -252,7 +252,7 @@ def denoise(seeds: Sequence[int], limit: int, steps: int) -> None:
             base = trainer.small_model(texts, WORK / f"denoise-base-{seed}", sizes, seed)
             options = {
                 "max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 1e-3,
-                "max_length": 160,
+                "max_length": 128,
                 "disable_tqdm": True, "logging_steps": 1000, "save_strategy": "no",
             }  # fmt: skip
             found: dict[str, Any] = {}
@@ -609,9 +609,9 @@ def main() -> None:
     seeds = (0,) if small else tuple(int(word) for word in args.seeds.split(","))
     parts: dict[str, Callable[[], None]] = {
         "defects": lambda: defects(seeds, 200 if small else 500),
-        "denoise": lambda: denoise(seeds, 60 if small else 200, 5 if small else 24),
+        "denoise": lambda: denoise(seeds, 60 if small else 160, 5 if small else 20),
         "guard": lambda: guard(seeds, 8 if small else 24, 60 if small else 240),
-        "sft": lambda: sft(seeds, 200 if small else 600, 10 if small else 60),
+        "sft": lambda: sft(seeds, 200 if small else 600, 10 if small else 45),
     }
     for name in args.parts or parts:
         if name not in parts:

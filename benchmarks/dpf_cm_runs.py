@@ -12,6 +12,7 @@ import json
 import random
 import re
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,9 +46,10 @@ def qa(name: str, count: int, *, skip: int = 0, longest: int = 400) -> list[dict
         "patient_doctor_qa": ("zh_medical", "qa", {"question": "ask"}),
         "huatuo_kg": ("zh_medical", "alpaca", {}),
         "medquad": ("medquad", "qa", {}),
+        "pubmedqa": ("pubmedqa", "qa", {"answer": "long_answer"}),
     }
     folder, form, keys = sources[name]
-    file = "train.jsonl.gz" if name == "medquad" else f"{name}.jsonl.gz"
+    file = f"{name}.jsonl.gz" if folder == "zh_medical" else "train.jsonl.gz"
     rows = read_sources([{"files": [str(data_set(folder) / file)], "format": form, "keys": keys}])
     found = [
         {"question": r["question"], "answer": r["answer"]}
@@ -60,7 +62,20 @@ def qa(name: str, count: int, *, skip: int = 0, longest: int = 400) -> list[dict
 # --- planted defects
 # -----------------------------------------------------------------------------------------
 
-_AD = "<div class='ad'><a href='http://ad.example.cn/x?id=3'>点击咨询</a></div><br/>&nbsp;"
+# What is planted, by whether the row is in Chinese.
+_AD = {
+    True: "<div class='ad'><a href='http://ad.example.cn/x?id=3'>点击咨询</a></div><br/>&nbsp;",
+    False: "<div class='ad'><a href='http://ad.example.cn/x?id=3'>Ask a doctor now</a></div><br/>&nbsp;",
+}
+_CONTACT = {
+    True: "可加我微信同号{phone}，邮箱dr{number}@hosp.example.com",
+    False: " Reach me at {phone} or dr{number}@hosp.example.com.",
+}
+_TYPO = {True: "的了在是", False: "aeio"}
+
+
+def _chinese(text: str) -> bool:
+    return re.search("[\u4e00-\u9fff]", text) is not None
 
 
 def _terms(text: str) -> set[str]:
@@ -104,6 +119,7 @@ def plant(
     for place, kind in enumerate(("repetition", "symbols", "markup", "personal", "short", "mismatch")):
         for index in order[place * size : (place + 1) * size]:
             row, kinds[index] = rows[index], kind
+            chinese = _chinese(row["answer"])
             if kind == "repetition":
                 row["answer"] = (row["answer"][:12] or "好的好的好的好的好的好的") * 12
             elif kind == "symbols":
@@ -111,10 +127,13 @@ def plant(
                     c + rng.choice("★◆#*@!~…●") * (rng.random() < 0.6) for c in row["answer"]
                 )
             elif kind == "markup":
-                row["answer"] = _AD + row["answer"].replace("，", "，<br/>", 3) + "<!-- end -->"
+                comma = "，" if chinese else ", "
+                row["answer"] = (
+                    _AD[chinese] + row["answer"].replace(comma, f"{comma}<br/>", 3) + "<!-- end -->"
+                )
             elif kind == "personal":
                 phone = "1" + rng.choice("3578") + "".join(rng.choices("0123456789", k=9))
-                row["answer"] += f"可加我微信同号{phone}，邮箱dr{rng.randrange(999)}@hosp.example.com"
+                row["answer"] += _CONTACT[chinese].format(phone=phone, number=rng.randrange(999))
             elif kind == "short":
                 row["answer"] = row["answer"][:3]
             else:
@@ -122,7 +141,8 @@ def plant(
     for index in order[6 * size : 7 * size]:
         copy = dict(rows[index])
         place = len(copy["answer"]) // 2
-        copy["answer"] = copy["answer"][:place] + rng.choice("的了在是") + copy["answer"][place + 1 :]
+        typo = rng.choice(_TYPO[_chinese(copy["answer"])])
+        copy["answer"] = copy["answer"][:place] + typo + copy["answer"][place + 1 :]
         rows.append(copy)
         kinds.append("duplicate")
     return rows, kinds
@@ -145,17 +165,13 @@ def defects(seeds: Sequence[int], count: int) -> None:
     for seed in seeds:
         for language, rows in (
             ("Chinese", qa("patient_doctor_qa", count) + qa("huatuo_kg", count)),
-            ("English", qa("medquad", count, longest=1500)),
+            ("MedQuAD", qa("medquad", count, longest=1500)),
+            ("PubMedQA", qa("pubmedqa", count, longest=1500)),
         ):
             dirty, kinds = plant(rows, seed)
             data = Dataset.from_list(dirty)
             for kind, name, params in _DETECTORS:
                 context = OpContext(clients={"default": ScriptedChat(scorer(dirty))})
-                data_ids = make_op("text_length_filter").run(
-                    data.rename_column("answer", "text"), OpContext()
-                )
-                del data_ids
-
                 ided = with_row_ids(data)
                 make_op({name: params}).run(ided, context)
                 truth = {i for i, k in zip(ided[ROW_ID], kinds, strict=True) if k == kind}
@@ -180,9 +196,9 @@ def defects(seeds: Sequence[int], count: int) -> None:
         columns=["operator", "planted defect", "rows", "precision", "recall", "other rows hit (mean)"],
         rows=rows_out,
         notes=[
-            f"Real rows ({count} patient_doctor_qa + {count} huatuo_kg in Chinese, up to {count} medquad "
-            "in English), "
-            "each defect planted on 5 % of them; means over seeds.",
+            f"Real rows (Chinese: {count} patient_doctor_qa + {count} huatuo_kg; up to {count} of MedQuAD "
+            "and of PubMedQA, question and long answer), each defect planted on 5 % of them; means over "
+            "seeds.",
             "Precision counts natural defects against the operator: the raw rows hold repetition, markup "
             "and duplicates "
             "of their own. The scorer is a rule (the answer takes up a rare term of its question), not a "
@@ -236,7 +252,7 @@ def denoise(seeds: Sequence[int], limit: int, steps: int) -> None:
             base = trainer.small_model(texts, WORK / f"denoise-base-{seed}", sizes, seed)
             options = {
                 "max_steps": steps, "per_device_train_batch_size": 16, "learning_rate": 1e-3,
-                "max_length": 192,
+                "max_length": 128,
                 "disable_tqdm": True, "logging_steps": 1000, "save_strategy": "no",
             }  # fmt: skip
             found: dict[str, Any] = {}
@@ -339,21 +355,24 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
     def mean(reports: Sequence[dict[str, Any]], place: int, key: str) -> float:
         return statistics.mean(report["attacks"][place][key] for report in reports)
 
-    rows_out.append(
-        ["no guard", *[f"{mean(before, i, 'rouge_before'):.2f}" for i in range(len(names))], "-", "-", "-"]
-    )
+    def cells(reports: Sequence[dict[str, Any]], when: str) -> list[str]:
+        kinds = (f"rouge_{when}", f"exact_{when}")
+        return [" / ".join(f"{mean(reports, i, kind):.2f}" for kind in kinds) for i in range(len(names))]
+
+    rows_out.append(["no guard", *cells(before, "before"), "-", "-", "-", "-"])
     for design, reports in collected.items():
         benign = [statistics.mean(r["benign"][i]["false_positives"] for r in reports) for i in (0, 1)]
         same = statistics.mean(r["benign"][0]["unchanged"] for r in reports)
         rows_out.append(
             [
                 design,
-                *[f"{mean(reports, i, 'rouge_after'):.2f}" for i in range(len(names))],
+                *cells(reports, "after"),
                 *[f"{100 * value:.1f} %" for value in benign],
                 f"{100 * same:.1f} %",
+                # A replaced reply is shorter; its time says nothing.
+                f"{statistics.median(t for r in reports for t in r['added_ms']):.1f}" if same > 0.5 else "-",
             ]
         )
-    exact = ", ".join(f"{n}: {mean(before, i, 'exact_before'):.2f}" for i, n in enumerate(names))
     shown = collected["4 prefixes + block 10-grams (default)"]
     drop = mean(shown, 0, "absolute_drop")
     write_result(
@@ -362,15 +381,21 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
         config={"private": count, "steps": steps, "designs": list(_DESIGNS)},
         seeds=seeds,
         packages=PACKAGES,
-        columns=["guard", *names, "benign matched", "look-alikes matched", "benign replies unchanged"],
+        columns=[
+            "guard",
+            *names,
+            "benign matched",
+            "look-alikes matched",
+            "benign replies unchanged",
+            "ms added to a reply of 32 tokens",
+        ],  # fmt: skip
         rows=rows_out,
         notes=[
-            f"ROUGE-L of what an attacker gets, mean over the memorised of {count} private rows "
-            "(patient_doctor_qa; memorised: "
-            f"{', '.join(map(str, memory))} by seed) and over seeds; safe answers are one fixed sentence. "
-            "Model: 2 layers, "
-            "width 96, fresh weights, trained until it repeats them.",
-            f"Without a guard the whole target stands in the reply in these shares: {exact}.",
+            f"ROUGE-L of what an attacker gets / share of replies that hold the whole target; means over the "
+            f"memorised of {count} private rows (patient_doctor_qa; memorised: "
+            f"{', '.join(map(str, memory))} by seed) and over seeds. Safe answers are one fixed sentence, "
+            f"whose own ROUGE-L with the targets is what a replaced reply scores. Model: 2 layers, width 96, "
+            "fresh weights, trained until it repeats them.",
             f"The paper's 27 % is 0.85 - 0.58, the threshold minus the mean after. By that definition the "
             "default here gives "
             f"0.85 - {mean(shown, 0, 'rouge_after'):.2f}; the drop from the mean before is {drop:.2f} "
@@ -384,8 +409,8 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
 
 
 def _guard_seed(seed: int, count: int, steps: int) -> dict[str, Any]:
-    private = qa("patient_doctor_qa", count, skip=count * seed, longest=150)
-    public = qa("patient_doctor_qa", 140, skip=count * 4, longest=150)
+    private = qa("patient_doctor_qa", count, skip=count * seed, longest=200)
+    public = qa("patient_doctor_qa", 140, skip=count * 4, longest=200)
     sources = Dataset.from_list(
         [row | {"instruction": None, "history": [], "source": "p"} for row in private]
     )
@@ -416,29 +441,56 @@ def _guard_seed(seed: int, count: int, steps: int) -> dict[str, Any]:
         alike.append("".join([*parts[:-1][: max(1, len(parts) // 2)], *other[len(other) // 2 :]]))
     designs, memo = {}, {}
     for name, changes in _DESIGNS.items():
-        fixed = "threshold" in changes
-        config = PPVDConfig(
-            **(
-                {"store": "numpy", "output_guard": "off"}
-                | ({"min_tpr": 0.0, "max_fpr": 0.999} if fixed else {})
-                | changes
-            )
-        )
+        fixed = changes.get("threshold")
+        options = {"store": "numpy", "output_guard": "off"} | changes
+        if fixed is not None:
+            # A guard refuses to start with this threshold; it is put in place behind its back.
+            options |= {"min_tpr": 0.0, "max_fpr": 0.5, "threshold": None}
+        config = PPVDConfig(**options)
         built = PrivacyPreservingVectorDB.build(
             model, tokenizer, risky, ["这个问题涉及个人情况，请直接咨询您的医生。"] * len(risky),
             questions[:half],
             config=config, key=b"k" * 32,
         )  # fmt: skip
+        if fixed is not None and built.calibration is not None:
+            built.calibration = built.calibration._replace(threshold=fixed)
         designs[name] = evaluate_guard(
             built,
             risky,
             {"benign": questions[half:], "look-alikes": alike},
             paraphrases=[_paraphrase(s.prompt) for s in risky],
-            max_new_tokens=64,
+            max_new_tokens=8 + max(len(answer_ids(tokenizer, s.answer)) for s in risky),
             batch_size=24,
             memo=memo,
-        ) | {"calibration": built.calibration and built.calibration._asdict()}
+        ) | {
+            "calibration": built.calibration and built.calibration._asdict(),
+            "added_ms": _added_ms(built, questions[half : half + 6]),
+        }
+        print(f"seed {seed}: {name}", flush=True)
     return {"memorised": f"{len(risky)}/{len(samples)}", "designs": designs}
+
+
+def _added_ms(
+    built: PrivacyPreservingVectorDB, questions: Sequence[str], num_tokens: int = 32
+) -> list[float]:
+    """CPU milliseconds that the guard adds to one reply of fixed length, a figure a question."""
+    model, tokenizer = built.reader.model, built.reader.tokenizer
+    found = []
+    for question in questions:
+        ids = torch.tensor([prompt_ids(tokenizer, question)])
+        best = []
+        for generate in (model.generate, built.generate):
+            times = []
+            for _ in range(3):
+                start = time.process_time()
+                generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                    min_new_tokens=num_tokens, max_new_tokens=num_tokens, pad_token_id=tokenizer.pad_token_id,
+                )  # fmt: skip
+                times.append(time.process_time() - start)
+            best.append(min(times))
+        found.append(1000 * (best[1] - best[0]))
+    return found
 
 
 # --- SFT on processed against raw rows
@@ -557,9 +609,9 @@ def main() -> None:
     seeds = (0,) if small else tuple(int(word) for word in args.seeds.split(","))
     parts: dict[str, Callable[[], None]] = {
         "defects": lambda: defects(seeds, 200 if small else 500),
-        "denoise": lambda: denoise(seeds, 60 if small else 300, 5 if small else 40),
-        "guard": lambda: guard(seeds, 8 if small else 24, 60 if small else 160),
-        "sft": lambda: sft(seeds, 200 if small else 1000, 10 if small else 120),
+        "denoise": lambda: denoise(seeds, 60 if small else 160, 5 if small else 20),
+        "guard": lambda: guard(seeds, 8 if small else 24, 60 if small else 240),
+        "sft": lambda: sft(seeds, 200 if small else 600, 10 if small else 45),
     }
     for name in args.parts or parts:
         if name not in parts:

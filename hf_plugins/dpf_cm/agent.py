@@ -61,6 +61,7 @@ class Pipeline:
         self.recipe, self.base, self.progress = recipe, Path(base), progress
         self.work = self.base / recipe.work_dir
         self.guard_options = PPVDConfig(**recipe.ppvd)
+        self._key = self._read_key()
         for stage in ("cpt", "sft", "rm", "dpo"):
             trainer.stage_options(stage, getattr(recipe, stage), recipe.seed)
         if clients is None:
@@ -86,6 +87,36 @@ class Pipeline:
         if unknown:
             raise ValueError(f"{path}: no option {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
         return cls(RecipeConfig(**values), base=options.pop("base", path.parent), **options)
+
+    def _read_key(self) -> bytes | None:
+        """The guard's key, checked before hours of training end at a store that cannot be made."""
+        protect, file = self.guard_options.protect, self.recipe.key_file
+        if file is None:
+            if protect != "none":
+                raise ValueError(
+                    f"ppvd: protect={protect!r} needs key_file in the recipe; "
+                    "`mmhf dpf-cm ppvd key FILE` makes one."
+                )
+            return None
+        if protect == "none":
+            raise ValueError(
+                "key_file is given, and ppvd: protect is none, so nothing would be sealed. Set protect to "
+                "encrypt or sketch, or leave key_file out."
+            )
+        path = self.base / file
+        if path.resolve().is_relative_to(self.work.resolve()):
+            raise ValueError(
+                f"key_file {path} lies in work_dir, beside what it seals; keep it in another place, so that "
+                "a copy of the folder does not open itself."
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f"no key in {path}; make one with `mmhf dpf-cm ppvd key {path}`.")
+        key = path.read_bytes()
+        if len(key) != 32:
+            raise ValueError(
+                f"key_file {path} holds {len(key)} bytes, not 32; make one with `mmhf dpf-cm ppvd key FILE`."
+            )
+        return key
 
     # -- operators --
 
@@ -378,20 +409,25 @@ class Pipeline:
         column = "text" if "text" in benign_rows.column_names else "question"
         known = {sample.prompt for sample in samples}
         benign = [text for text in benign_rows[column] if text not in known]
-        guard = (
-            PrivacyPreservingVectorDB.build(
+        home = self.work / "ppvd"
+        if (home / "ppvd.json").is_file():
+            guard = PrivacyPreservingVectorDB.open(home, model, tokenizer, key=self._key)
+            if guard.config != self.guard_options:
+                raise ValueError(
+                    f"the guard in {home} was built with other options than the recipe's ppvd; move that "
+                    "folder away to build it anew."
+                )
+        else:
+            guard = PrivacyPreservingVectorDB.build(
                 model,
                 tokenizer,
                 risky,
                 self._safe_answers(risky),
                 benign[: 2 * len(benign) // 3],
                 config=self.guard_options,
-                folder=self.work / "ppvd",
-                key=None,
+                folder=home,
+                key=self._key,
             )
-            if not (self.work / "ppvd" / "ppvd.json").is_file()
-            else PrivacyPreservingVectorDB.open(self.work / "ppvd", model, tokenizer)
-        )
         report = evaluate_guard(
             guard,
             risky,

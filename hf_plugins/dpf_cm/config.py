@@ -162,6 +162,11 @@ class RecipeConfig:
     rm: dict[str, Any] = _option({}, "Options of trl's RewardConfig.")
     dpo: dict[str, Any] = _option({}, "Options of trl's DPOConfig.")
     ppvd: dict[str, Any] = _option({}, "Options of PPVDConfig.")
+    key_file: str | None = _option(
+        None,
+        "File of the 32 bytes that seal or sketch the guard's store (ppvd: protect); "
+        "`mmhf dpf-cm ppvd key FILE` makes one. Keep it out of work_dir.",
+    )
     num_search: int | None = _option(None, "Training samples tested for memorisation; None tests all.")
     safe_reply: str | None = _option(
         None, "A fixed safe answer instead of asking the client of the role `safe` for one a sample."

@@ -1,9 +1,13 @@
+import importlib.util
 import json
+import pkgutil
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+import hf_plugins.autodp
 from hf_plugins.autodp import strategy as room
 from hf_plugins.autodp.__main__ import main
 from tests.contract.rooms import ROOT
@@ -109,3 +113,19 @@ def test_ready_recipes_are_valid(path: Path) -> None:
     for name in ("data", "model", "dev", "test", "anchors"):
         values.pop(name, None)
     AutoDPConfig(**values)
+
+
+def test_every_module_imports_and_every_path_of_the_readme_is_there() -> None:
+    """Regression, defect 1: the release imports a module and names paths in its README that are not there."""
+    names = [module.name for module in pkgutil.iter_modules(hf_plugins.autodp.__path__, "hf_plugins.autodp.")]
+    assert "hf_plugins.autodp.strategy" in names
+    for name in names:
+        importlib.import_module(name)
+    text = (ROOT / "hf_plugins" / "autodp" / "README.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"\b(?:configs|benchmarks|hf_plugins|docs|tests)/[\w/.]*\w", text))
+    assert "configs/autodp/halving_loss.yaml" in paths
+    modules = re.findall(r"-m ((?:hf_plugins|benchmarks)\.[\w.]*\w)", text)
+    assert modules
+    missing = [path for path in sorted(paths) if not (ROOT / path).exists()]
+    assert not missing
+    assert all(importlib.util.find_spec(name) for name in modules)

@@ -194,6 +194,70 @@ def test_wrong_recipes(text: str, match: str, tmp_path: Path) -> None:
         Pipeline.from_yaml(tmp_path / "r.yaml")
 
 
+@pytest.mark.host
+def test_sealed_guard_of_a_recipe(tmp_path: Path) -> None:
+    """The store of a recipe with a key holds ciphertext, opens again with the key, and never without."""
+    from hf_plugins.dpf_cm.storage import open_store
+    from tests.hf_plugins.dpf_cm.memorised import BENIGN, LOOKALIKE, PRIVATE, model, tokenizer
+
+    for part in (model(), tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+
+    def write(name: str, rows: list[dict[str, str]]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    write("private.jsonl", [{"question": s.prompt, "answer": s.answer} for s in PRIVATE])
+    write("public.jsonl", [{"question": text, "answer": "好"} for text in BENIGN + LOOKALIKE])
+    (tmp_path / "guard.key").write_bytes(b"0123456789abcdef0123456789abcdef")
+    values: dict[str, Any] = {
+        "work_dir": "out", "key_file": "guard.key", "safe_reply": "请咨询医生。",
+        "sft_sources": [{"files": ["private.jsonl"]}], "benign_sources": [{"files": ["public.jsonl"]}],
+        "ppvd": {"store": "numpy", "protect": "encrypt", "max_fpr": 0.1},
+        "sft_ops": [{"document_deduplicator": {"text_key": ["question", "answer"]}}],
+    }  # fmt: skip
+
+    def run(**changes: Any) -> dict[str, Any]:
+        pipeline = Pipeline(RecipeConfig(**(values | changes)), base=tmp_path, clients={})
+        pipeline.__dict__["final_model"] = tmp_path / "model"
+        return pipeline.run(["ppvd"])["ppvd"]
+
+    first = run()
+    assert first["num_memorised"] == len(PRIVATE)
+    assert first["leakage"]["attacks"][0]["rouge_after"] < 0.5
+    width = model().config.hidden_size
+    assert open_store("numpy", tmp_path / "out" / "ppvd" / "store").load().vectors.shape[1] != width
+    # Keys of one text are equal to rounding; the curve between them is not compared.
+    again = run()
+    assert again["leakage"]["attacks"] == first["leakage"]["attacks"]
+    assert again["calibration"] == first["calibration"]
+    (tmp_path / "other.key").write_bytes(b"1" * 32)
+    with pytest.raises(ValueError, match="give the key it was written with"):
+        run(key_file="other.key")
+    with pytest.raises(ValueError, match="with other options than the recipe's ppvd; move that folder away"):
+        run(ppvd=values["ppvd"] | {"max_fpr": 0.2})
+
+
+def test_keys_that_cannot_work_end_before_any_work(tmp_path: Path) -> None:
+    def make(**values: Any) -> None:
+        Pipeline(RecipeConfig(work_dir="o", **values), base=tmp_path, clients={})
+
+    sealed = {"protect": "encrypt"}
+    with pytest.raises(
+        ValueError, match="needs key_file in the recipe; .mmhf dpf-cm ppvd key FILE. makes one"
+    ):
+        make(ppvd=sealed)
+    with pytest.raises(ValueError, match="Set protect to encrypt or sketch, or leave key_file out"):
+        make(key_file="k")
+    with pytest.raises(FileNotFoundError, match="make one with .mmhf dpf-cm ppvd key"):
+        make(ppvd=sealed, key_file="k")
+    (tmp_path / "k").write_bytes(b"short")
+    with pytest.raises(ValueError, match="holds 5 bytes, not 32; make one with"):
+        make(ppvd=sealed, key_file="k")
+    with pytest.raises(ValueError, match="lies in work_dir, .* keep it in another place"):
+        make(ppvd=sealed, key_file="o/k")
+
+
 def test_wrong_runs(tmp_path: Path) -> None:
     pipeline = Pipeline(RecipeConfig(work_dir="o"), base=tmp_path, clients={})
     with pytest.raises(ValueError, match="no stage train.*.*; there are .*.*cpt_data, cpt"):

@@ -64,6 +64,10 @@ def test_best_match() -> None:
     cosines, places = best_match(torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]), keys)
     assert places.tolist() == [1, 2]
     torch.testing.assert_close(cosines, torch.tensor([0.8, 1.0]))
+    for row in range(2):
+        # A single prompt takes another path.
+        one = best_match(torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])[row : row + 1], keys)
+        torch.testing.assert_close(one, (cosines[row : row + 1], places[row : row + 1]))
     cosines, places = best_match(torch.ones(2, 3), torch.zeros(0, 3))
     assert cosines.tolist() == [-math.inf] * 2
     assert places.tolist() == [-1, -1]

@@ -8,6 +8,7 @@ import torch
 from hf_plugins.dpf_cm import model as room
 from hf_plugins.dpf_cm.calibration import CalibrationError
 from hf_plugins.dpf_cm.config import PPVDConfig
+from hf_plugins.dpf_cm.keys import sign_projection, sketch
 from hf_plugins.dpf_cm.model import (
     PPVDLogitsProcessor,
     PrivacyPreservingVectorDB,
@@ -18,6 +19,7 @@ from hf_plugins.dpf_cm.model import (
     search_memory,
 )
 from hf_plugins.dpf_cm.rouge import rouge_l
+from tests.hf_plugins.dpf_cm import memorised
 from tests.hf_plugins.dpf_cm.memorised import BENIGN, LOOKALIKE, PRIVATE, model, stranger, tokenizer
 
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -352,6 +354,71 @@ def test_private_text_is_never_written(tmp_path: Path) -> None:
     for sample in PRIVATE:
         assert sample.answer.encode() not in stored
         assert json.dumps(sample.answer)[1:-1].encode() not in stored
+
+
+def _read_back(train: torch.Tensor, keys: torch.Tensor, bags: list[set[int]]) -> torch.Tensor:
+    """Scores (N, V) of the linear attack of `hf_plugins.embed_parrot`, fitted on keys of known text."""
+    from hf_plugins.embed_parrot import RidgeInversion
+
+    # One-hot targets: the map's output is how strongly a key speaks for each token.
+    ridge = RidgeInversion(torch.eye(len(tokenizer())))
+    sizes = torch.tensor([len(bag) for bag in bags])
+    ridge.update(train.repeat_interleave(sizes, 0), torch.tensor([t for bag in bags for t in sorted(bag)]))
+    ridge.solve(penalties=(1e-6,))
+    assert ridge.weight_DE is not None
+    return torch.cat([keys, torch.ones(len(keys), 1)], 1).double() @ ridge.weight_DE.double()
+
+
+def test_inversion_reads_plain_keys_and_no_sketches() -> None:
+    """Fact 12: what an attacker with the model and the store recovers of the private part of the prompts.
+
+    He knows the form of the prompts and fits on other people's. Rate: share of a prompt's tokens outside the
+    form among as many best guesses; guessing the commonest tokens gives .29. With a sketch he has no pairs of
+    text and code, so he makes them with a key of his own; the last line shows what they would be worth.
+    """
+    names, ills = memorised._NAMES, memorised._ILLS
+    others = [
+        f"病人{name}今年{(7 * a + 11 * b) % 60 + 20}岁，查出{ill}，应当怎么办？"
+        for a, name in enumerate(names)
+        for b, ill in enumerate(ills)
+        if a >= 8 or a != b
+    ]
+    special = set(tokenizer().all_special_ids)
+
+    def bag(text: str) -> set[int]:
+        return set(prompt_ids(tokenizer(), text)) - special
+
+    bags = [bag(text) for text in others]
+    form = set.intersection(*bags)
+
+    def rate(scores: torch.Tensor) -> float:
+        scores = scores.index_fill(1, torch.tensor(sorted(form)), -torch.inf)
+        shares = []
+        for row, sample in zip(scores, PRIVATE, strict=True):
+            wanted = bag(sample.prompt) - form
+            shares.append(len(wanted & set(row.topk(len(wanted)).indices.tolist())) / len(wanted))
+        return sum(shares) / len(shares)
+
+    found = {}
+    for protect in ("none", "sketch"):
+        guard = build(protect=protect, sketch_bits=512)
+        rows = guard.store.load()
+        keys = torch.from_numpy(rows.vectors[rows.slots == 0])
+        states = room._prompt_states(guard.reader, others, guard.config)
+        assert guard.whitening is not None
+        # The whitening is not secret: it lies beside the store.
+        mine = guard.whitening(states)
+        if protect == "sketch":
+            found["known pairs"] = rate(_read_back(guard._key(states), keys, bags))
+            mine = sketch(mine, sign_projection(b"attacker's own secret", mine.shape[1], 512))
+        found[protect] = rate(_read_back(mine, keys, bags))
+    counts = torch.zeros(len(tokenizer()))
+    for known in bags:
+        counts[sorted(known)] += 1
+    guess = rate(counts.expand(len(PRIVATE), -1))
+    assert found["none"] > guess + 0.3
+    assert found["sketch"] < guess + 0.1
+    assert found["known pairs"] > guess + 0.1
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -140,6 +140,12 @@ def test_bad_queries_and_ids(tmp_path: Path) -> None:
     assert exact_hits(np.zeros((0, 4)), np.ones(4), 0.5).tolist() == []
 
 
+def test_a_cosine_at_the_threshold_is_a_hit() -> None:
+    """(3, 4) has norm 5, so its cosine with the first axis is 3/5, in floating point too."""
+    vectors = np.array([[3.0, 4.0], [4.0, 3.0], [2.0, 4.0]])
+    assert exact_hits(vectors, np.array([1.0, 0.0]), 0.6).tolist() == [0, 1]
+
+
 def _bytes_on_disk(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 

@@ -1,8 +1,9 @@
-"""Accuracy of five methods at one true epsilon: DP-FedAvg, FedProx, + BLUR, + LUS, + both; and without noise.
+"""Accuracy of five methods at one true epsilon: DP-FedAvg, FedProx, + BLUR, + LUS, + both; and controls.
 
 ``python -m benchmarks.dp_fedavg_quality --task mnist`` runs what is not yet done (an interrupted benchmark
 goes on) and writes table and plot. Each method's own setting (S, lambda, keep, mu) is the best of a small
-grid on a seed that is not reported; the grid of S is the same for all.
+grid on a seed that is not reported: every S with two values of the method's own option. Controls: LUS with
+a random mask, and FedAvg without clipping and noise.
 """
 
 import argparse
@@ -29,10 +30,10 @@ WORK = ROOT / "work_dirs" / "benchmarks" / "dp_fedavg_quality"
 PILOT_SEED = 100
 SEEDS = (0, 1, 2)
 METHODS = ("DP-FedAvg", "FedProx", "DP-FedAvg + BLUR", "DP-FedAvg + LUS", "DP-FedAvg + BLUR + LUS")
-# Kept for every task: what each grid may try.
-STRENGTHS = (4.0,)
-KEEPS = (0.5,)
-PROXIMAL = (1.0,)
+RANDOM = "DP-FedAvg + random mask"
+PLAIN = "FedAvg, no privacy"
+# What a clipping norm of no effect is: larger than any update.
+UNBOUNDED = 1e6
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,7 +44,10 @@ class Setting:
     local: dict[str, Any]
     norms: tuple[float, ...]
     sample_rate: float
-    epsilon: float = 8.0
+    epsilon: float = 4.0
+    strengths: tuple[float, ...] = (2.0, 8.0)
+    keeps: tuple[float, ...] = (0.1, 0.3)
+    proximal: tuple[float, ...] = (0.5, 4.0)
 
 
 def setting(task: str) -> Setting:
@@ -53,16 +57,16 @@ def setting(task: str) -> Setting:
             run={
                 "task": "images",
                 "data": str(data_set("mnist")),
-                "model": "cnn",
+                "model": "mlp",
                 "num_clients": 500,
-                "alpha": 0.3,
-                "num_rounds": 25,
+                "alpha": 0.1,
+                "num_rounds": 20,
                 "max_records": 60,
                 "max_test_records": 2000,
                 "group_size": 25,
             },
-            local={"learning_rate": 0.1, "num_epochs": 2, "batch_size": 20},
-            norms=(0.3, 1.0),
+            local={"learning_rate": 0.1, "num_epochs": 10, "batch_size": 20},
+            norms=(0.1, 0.3, 1.0),
             sample_rate=0.1,
         )
     if task == "shakespeare":
@@ -102,9 +106,10 @@ def options(method: str, chosen: dict[str, float]) -> dict[str, Any]:
     """The method's part of `DPFedAvgConfig`."""
     return {
         "clipping_norm": chosen["clipping_norm"],
-        "blur": chosen.get("blur", 0.0) if "BLUR" in method else 0.0,
-        "keep_ratio": chosen.get("keep_ratio", 1.0) if "LUS" in method else 1.0,
-        "proximal": chosen.get("proximal", 0.0) if method == "FedProx" else 0.0,
+        "blur": chosen.get("blur", 0.0),
+        "keep_ratio": chosen.get("keep_ratio", 1.0),
+        "proximal": chosen.get("proximal", 0.0),
+        "lus_score": "random" if method == RANDOM else "utility",
     }
 
 
@@ -154,23 +159,18 @@ def one_run(
 
 def choose(task: Task, name: str, base: Setting) -> dict[str, dict[str, float]]:
     """Each method's setting: the best on the pilot seed. S is chosen for each method by itself."""
-    picked = {}
+    picked: dict[str, dict[str, float]] = {}
     for method in METHODS:
         extra: list[dict[str, float]] = [{}]
         if method == "FedProx":
-            extra = [{"proximal": mu} for mu in PROXIMAL]
+            extra = [{"proximal": mu} for mu in base.proximal]
         elif method == "DP-FedAvg + BLUR":
-            extra = [{"blur": strength} for strength in STRENGTHS]
+            extra = [{"blur": strength} for strength in base.strengths]
         elif method == "DP-FedAvg + LUS":
-            extra = [{"keep_ratio": keep} for keep in KEEPS]
+            extra = [{"keep_ratio": keep} for keep in base.keeps]
         elif method == "DP-FedAvg + BLUR + LUS":
-            # The parts' own best; only S is searched again.
-            extra = [
-                {
-                    "blur": picked["DP-FedAvg + BLUR"]["blur"],
-                    "keep_ratio": picked["DP-FedAvg + LUS"]["keep_ratio"],
-                }
-            ]
+            keep = picked["DP-FedAvg + LUS"]["keep_ratio"]
+            extra = [{"blur": strength, "keep_ratio": keep} for strength in base.strengths]
         tried = [
             (
                 one_run(task, name, base, method, {"clipping_norm": norm, **more}, PILOT_SEED, noise=True),
@@ -189,34 +189,48 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
     return statistics.mean(statistics.mean(r[name] for r in row["history"] if name in r) for row in rows)
 
 
+def _row(method: str, chosen: dict[str, float], found: Sequence[dict[str, Any]], clipping: str) -> list[Any]:
+    accuracies = [row["accuracy"] for row in found]
+    private = bool(found[0]["noise"])
+    names = {"clipping_norm": "S", "proximal": "mu", "blur": "lambda", "keep_ratio": "keep"}
+    return [
+        method,
+        ", ".join(f"{names[k]} {v:g}" for k, v in chosen.items()) if private else "",
+        f"{statistics.mean(accuracies):.4f} +- {statistics.stdev(accuracies):.4f}",
+        clipping,
+        f"{found[0]['report']['epsilon']:.3f}" if private else "infinite",
+        f"{_mean(found, 'dp_fedavg/private/clipped_ratio'):.2f}" if private else "0",
+        f"{_mean(found, 'dp_fedavg/private/norm_median'):.2f}",
+    ]
+
+
 def report(
     name: str, base: Setting, picked: dict[str, dict[str, float]], seeds: Sequence[int], task: Task
 ) -> None:
     """Write the table and the plots."""
     rows, runs = [], {}
-    for method in METHODS:
-        found = [one_run(task, name, base, method, picked[method], seed, noise=True) for seed in seeds]
-        plain = [one_run(task, name, base, method, picked[method], seed, noise=False) for seed in seeds[:1]]
+    settings = {**picked, RANDOM: picked["DP-FedAvg + LUS"]}
+    for method, chosen in settings.items():
+        found = [one_run(task, name, base, method, chosen, seed, noise=True) for seed in seeds]
+        quiet = one_run(task, name, base, method, chosen, seeds[0], noise=False)
+        rows.append(_row(method, chosen, found, f"{quiet['accuracy']:.4f}"))
         runs[method] = [row["history"] for row in found]
-        accuracies = [row["accuracy"] for row in found]
-        rows.append(
-            [
-                method,
-                ", ".join(f"{k} {v:g}" for k, v in picked[method].items()),
-                f"{statistics.mean(accuracies):.4f} +- {statistics.stdev(accuracies):.4f}",
-                f"{plain[0]['accuracy']:.4f}",
-                f"{found[0]['report']['epsilon']:.3f}",
-                _mean(found, "dp_fedavg/private/clipped_ratio"),
-                _mean(found, "dp_fedavg/private/norm_median"),
-            ]
-        )
-    guarantee = found[0]["report"]
+        guarantee = found[0]["report"]
+    unbounded = {"clipping_norm": UNBOUNDED}
+    plain = [one_run(task, name, base, PLAIN, unbounded, seed, noise=False) for seed in seeds]
+    rows.append(_row(PLAIN, unbounded, plain, f"{plain[0]['accuracy']:.4f}"))
+    # Only its accuracy belongs into the plot: it has no epsilon and no S.
+    runs[PLAIN] = [
+        [{k: v for k, v in row.items() if "dp_fedavg" not in k} for row in found["history"]]
+        for found in plain
+    ]
     write_result(
         f"dp_fedavg_{name}",
         command=f"python -m benchmarks.dp_fedavg_quality --task {name}",
         config={
             "run": {**base.run, "data": name, "model": Path(str(base.run["model"])).name},
             "local": base.local,
+            "grid": {k: getattr(base, k) for k in ("norms", "strengths", "keeps", "proximal")},
         },
         seeds=seeds,
         packages=("dp-accounting",),
@@ -224,7 +238,7 @@ def report(
             "method",
             "setting",
             "test accuracy",
-            "without noise",
+            "the same without noise, one seed",
             "epsilon",
             "share clipped",
             "median norm",
@@ -232,18 +246,25 @@ def report(
         rows=rows,
         notes=[
             f"{guarantee['users']} users, Poisson sampling {base.sample_rate:g}, "
-            f"{base.run['num_rounds']} rounds, "
-            f"noise multiplier {guarantee['noise_multiplier']:.3f}, delta {guarantee['delta']:.2g}; "
-            "mean +- standard "
-            "deviation over seeds. Each method's setting is the best of its grid on another seed; "
-            "the search itself "
-            "is not in epsilon.",
-            "Norm before clipping and share of users clipped are means over rounds: what BLUR and "
-            "LUS act on.",
+            f"{base.run['num_rounds']} rounds, noise multiplier {guarantee['noise_multiplier']:.3f}, "
+            f"delta {guarantee['delta']:.2g}; mean +- standard deviation over seeds. Each method's setting "
+            f"is the best of its grid on seed {PILOT_SEED}: S of {', '.join(map(str, base.norms))}, each "
+            "with two values of the method's own option where it has one; LUS + BLUR keeps LUS's share. "
+            "The search is not in epsilon.",
+            "Norm before clipping (after LUS) and share of users clipped are means over rounds.",
         ],
-        details={"runs": {m: [r[-1] for r in h] for m, h in runs.items()}},
+        details={
+            "runs": {m: [r[-1] for r in h] for m, h in runs.items()},
+            "pilot": _pilots(name),
+        },
     )
     plot_rounds(runs, ROOT / "docs" / "results" / f"dp_fedavg_{name}.png", title=name)
+
+
+def _pilots(name: str) -> dict[str, float]:
+    """Accuracy of every setting that was tried on the pilot seed."""
+    found = [json.loads(path.read_text()) for path in sorted((WORK / name).glob(f"*_{PILOT_SEED}.json"))]
+    return {f"{one['method']} {one['chosen']}": one["accuracy"] for one in found}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -362,7 +362,7 @@ def private_engine(
         return {**figures, "dp_fedavg/epsilon": finite(private.epsilon())}
 
     if transport is None:
-        finish = FinishUpdate(weights.sizes)
+        finish = FinishUpdate(weights.sizes, weights.names)
         grouped = group_size > 1
         transport = (
             GroupedInProcess(model, clients, group_size=group_size, finish=finish)

@@ -8,9 +8,10 @@ from torch import Tensor
 from hf_plugins.dp_fedavg.blur import blur_gradient, proximal_gradient
 from hf_plugins.dp_fedavg.clipping import clip_update
 from hf_plugins.dp_fedavg.config import DPFedAvgConfig
-from hf_plugins.dp_fedavg.noise import gaussian, share_std
+from hf_plugins.dp_fedavg.noise import share_std
 from hf_plugins.dp_fedavg.sparsification import kept_norms, sparsify_update
 from hf_plugins.rounds import ClientFailed, Config, Job, Update, generator_for
+from hf_plugins.secure_noise import gaussian
 
 PREFIX = "dp_fedavg."
 

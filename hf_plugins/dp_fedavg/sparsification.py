@@ -77,7 +77,7 @@ def keep_mask(score_D: Tensor, keep_ratio: float, *, sizes: Sequence[int] | None
 
 
 def kept_norms(update_D: Tensor, sparse_D: Tensor, sizes: Sequence[int]) -> list[float]:
-    """What is left of each tensor, ``|mask * delta|^2 / |delta|^2``: its squared norm after LUS over that before.
+    """What is left of each tensor, ``|mask * delta|^2 / |delta|^2``: its squared norm after LUS, over before.
 
     Args:
         update_D: Update before LUS.

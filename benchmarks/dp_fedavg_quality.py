@@ -65,7 +65,7 @@ def setting(task: str) -> Setting:
                 "model": "mlp",
                 "num_clients": 500,
                 "alpha": 0.1,
-                "num_rounds": 20,
+                "num_rounds": 15,
                 "max_records": 60,
                 "max_test_records": 2000,
             },

@@ -50,9 +50,9 @@ class Setting:
     sample_rate: float
     group_size: int = 1
     epsilon: float = 4.0
-    strengths: tuple[float, ...] = (2.0, 8.0)
+    strengths: tuple[float, ...] = (1.0, 4.0)
     keeps: tuple[float, ...] = (0.1, 0.3)
-    proximal: tuple[float, ...] = (0.5, 4.0)
+    proximal: tuple[float, ...] = (0.25, 1.0)
 
 
 def setting(task: str) -> Setting:
@@ -69,7 +69,7 @@ def setting(task: str) -> Setting:
                 "max_records": 60,
                 "max_test_records": 2000,
             },
-            local={"learning_rate": 0.1, "num_epochs": 10, "batch_size": 20},
+            local={"learning_rate": 0.2, "num_epochs": 5, "batch_size": 20},
             norms=(0.1, 0.3, 1.0),
             sample_rate=0.1,
             group_size=25,

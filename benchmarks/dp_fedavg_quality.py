@@ -8,6 +8,7 @@ a random mask, and FedAvg without clipping and noise.
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.record import write_result
+from hf_plugins.accounting import noise_multiplier_for
 from hf_plugins.dp_fedavg.config import DPFedAvgConfig, RunConfig
 from hf_plugins.dp_fedavg.dataset import find_file
 from hf_plugins.dp_fedavg.hook import gradient_term
@@ -70,7 +72,7 @@ def setting(task: str) -> Setting:
                 "max_test_records": 2000,
             },
             local={"learning_rate": 0.2, "num_epochs": 5, "batch_size": 20},
-            norms=(0.1, 0.3, 1.0),
+            norms=(0.3, 0.6, 1.2),
             sample_rate=0.1,
             group_size=25,
         )
@@ -176,6 +178,19 @@ def options(method: str, chosen: dict[str, float]) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _calibrated(epsilon: float, sample_rate: float, num_rounds: int, delta: float) -> float:
+    return noise_multiplier_for(
+        target_epsilon=epsilon, sample_rate=sample_rate, num_steps=num_rounds, delta=delta, sampling="poisson"
+    )
+
+
+def _noise(base: Setting, num_clients: int) -> float:
+    """The noise multiplier that every method of a task gets; computed once, as it takes seconds."""
+    delta = DPFedAvgConfig(noise_multiplier=1.0).delta_for(num_clients)
+    return _calibrated(base.epsilon, base.sample_rate, base.run["num_rounds"], delta)
+
+
 def one_run(
     task: Task, name: str, base: Setting, method: str, chosen: dict[str, float], seed: int, *, noise: bool
 ) -> dict[str, Any]:
@@ -186,8 +201,7 @@ def one_run(
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     dp = DPFedAvgConfig(
-        target_epsilon=base.epsilon if noise else None,
-        noise_multiplier=None if noise else 0.0,
+        noise_multiplier=_noise(base, len(task.clients)) if noise else 0.0,
         sample_rate=base.sample_rate,
         seed=seed,
         log_private_statistics=True,
@@ -201,7 +215,7 @@ def one_run(
             dp,
             num_rounds=base.run["num_rounds"],
             evaluate=task.evaluate,
-            evaluate_every=2,
+            evaluate_every=5,
             folder=folder,
             group_size=base.group_size,
             save_every=1000,
@@ -334,7 +348,7 @@ def report(
             "pilot": _pilots(name),
         },
     )
-    plot_rounds(runs, ROOT / "docs" / "results" / f"dp_fedavg_{name}.png", title=name)
+    plot_rounds(runs, ROOT / "docs" / "results" / f"dp_fedavg_{name}.svg", title=name)
 
 
 def _pilots(name: str) -> dict[str, float]:

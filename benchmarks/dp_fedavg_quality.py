@@ -102,15 +102,16 @@ def setting(task: str) -> Setting:
             "model": str(minilm()),
             "num_clients": 1000,
             "alpha": 0.1,
-            "num_rounds": 15,
+            "num_rounds": 10,
             "max_length": 32,
         },
-        local={"learning_rate": 2.0, "num_epochs": 10, "batch_size": 10},
-        norms=(0.1, 0.3, 1.0),
+        local={"learning_rate": 4.0, "num_epochs": 5, "batch_size": 10},
+        norms=(0.3, 1.0),
         sample_rate=0.1,
         group_size=25,
-        strengths=(0.1, 0.4),
-        proximal=(0.05, 0.2),
+        strengths=(0.2,),
+        keeps=(0.3,),
+        proximal=(0.05,),
     )
 
 

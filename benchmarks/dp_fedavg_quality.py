@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.dp_fedavg_quality --task mnist`` runs what is not yet done (an interrupted benchmark
 goes on) and writes table and plot. Each method's own setting (S, lambda, keep, mu) is the best of a small
-grid on a seed that is not reported: every S with two values of the method's own option. Controls: LUS with
-a random mask, and FedAvg without clipping and noise.
+grid on a seed that is not reported: every S with each value of the method's own option. Controls: LUS with a
+random mask, and FedAvg without clipping and noise.
 """
 
 import argparse
@@ -52,9 +52,9 @@ class Setting:
     sample_rate: float
     group_size: int = 1
     epsilon: float = 4.0
-    strengths: tuple[float, ...] = (1.0, 4.0)
-    keeps: tuple[float, ...] = (0.1, 0.3)
-    proximal: tuple[float, ...] = (0.25, 1.0)
+    strengths: tuple[float, ...] = (4.0,)
+    keeps: tuple[float, ...] = (0.1,)
+    proximal: tuple[float, ...] = (1.0,)
 
 
 def setting(task: str) -> Setting:
@@ -72,7 +72,7 @@ def setting(task: str) -> Setting:
                 "max_test_records": 2000,
             },
             local={"learning_rate": 0.2, "num_epochs": 5, "batch_size": 20},
-            norms=(0.3, 0.6, 1.2),
+            norms=(0.3, 0.9),
             sample_rate=0.1,
             group_size=25,
         )
@@ -92,7 +92,6 @@ def setting(task: str) -> Setting:
             sample_rate=0.3,
             # Steps of gradient descent on the penalty diverge above 2 / learning rate.
             strengths=(0.4,),
-            keeps=(0.3,),
             proximal=(0.1,),
         )
     return Setting(
@@ -110,7 +109,6 @@ def setting(task: str) -> Setting:
         sample_rate=0.1,
         group_size=25,
         strengths=(0.2,),
-        keeps=(0.3,),
         proximal=(0.05,),
     )
 
@@ -339,8 +337,8 @@ def report(
             f"{guarantee['users']} users, Poisson sampling {base.sample_rate:g}, "
             f"{base.run['num_rounds']} rounds, noise multiplier {guarantee['noise_multiplier']:.3f}, "
             f"delta {guarantee['delta']:.2g}; mean +- standard deviation over seeds. Each method's setting "
-            f"is the best of its grid on seed {PILOT_SEED}: S of {', '.join(map(str, base.norms))}, each "
-            "with two values of the method's own option where it has one; LUS + BLUR keeps LUS's share. "
+            f"is the best of its grid on seed {PILOT_SEED}: S of {', '.join(map(str, base.norms))}"
+            f"; lambda {_said(base.strengths)}, share kept {_said(base.keeps)}, mu {_said(base.proximal)}. "
             "The search is not in epsilon.",
             "Norm before clipping (after LUS) and share of users clipped are means over rounds.",
         ],
@@ -350,6 +348,10 @@ def report(
         },
     )
     plot_rounds(runs, ROOT / "docs" / "results" / f"dp_fedavg_{name}.svg", title=name)
+
+
+def _said(values: Sequence[float]) -> str:
+    return " or ".join(f"{value:g}" for value in values)
 
 
 def _pilots(name: str) -> dict[str, float]:

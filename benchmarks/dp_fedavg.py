@@ -8,7 +8,11 @@ and Flower's simulation, with 10, 100 and 1,000 clients of which 10 train in a r
 import argparse
 import copy
 import json
+import math
+import os
 import resource
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +35,16 @@ from hf_plugins.rounds import InProcess, LazyClients, LocalTraining, TorchClient
 
 ROOT = Path(__file__).resolve().parent.parent
 PER_ROUND, RECORDS, BATCH = 10, 40, 10
-WAYS = ("plain loop", "engine", "engine, side by side", "flower simulation")
+# Seconds for one way with one number of clients.
+LIMIT = 300
+Seconds = tuple[float, float]
+WAYS = (
+    "plain loop",
+    "engine, averaging only",
+    "engine",
+    "engine, side by side",
+    "flower simulation",
+)
 
 
 def records(client_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,23 +68,30 @@ def client(client_id: int) -> TorchClient:
     )
 
 
-def options(num_clients: int) -> DPFedAvgConfig:
-    """BLUR and LUS on; exactly ten clients a round, so that every way does the same work."""
-    return DPFedAvgConfig(
-        noise_multiplier=2.0,
-        sampling="fixed",
-        cohort_size=min(PER_ROUND, num_clients),
-        seed=0,
-        keep_ratio=0.5,
-    )
+def options(num_clients: int, *, averaging_only: bool = False) -> DPFedAvgConfig:
+    """BLUR and LUS on unless only averaged; exactly ten clients a round, so that each way trains the same."""
+    method = {"noise_multiplier": 2.0, "keep_ratio": 0.5}
+    if averaging_only:
+        method = {"noise_multiplier": 0.0, "keep_ratio": 1.0, "blur": 0.0, "clipping_norm": math.inf}
+    return DPFedAvgConfig(sampling="fixed", cohort_size=min(PER_ROUND, num_clients), seed=0, **method)
 
 
-def plain_loop(num_clients: int, num_rounds: int) -> list[float]:
+def clock() -> Seconds:
+    """Wall and CPU time."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: Seconds) -> Seconds:
+    """Wall and CPU time that has passed."""
+    return time.perf_counter() - began[0], time.process_time() - began[1]
+
+
+def plain_loop(num_clients: int, num_rounds: int) -> list[Seconds]:
     """What a script does: a copy of the model for each client, all data in memory, an average of states."""
     data = [records(i) for i in range(num_clients)]
     model, times = network(), []
     for number in range(num_rounds):
-        began = time.perf_counter()
+        began = clock()
         generator = torch.Generator().manual_seed(number)
         states = []
         for i in torch.randperm(num_clients, generator=generator)[:PER_ROUND].tolist():
@@ -84,30 +104,30 @@ def plain_loop(num_clients: int, num_rounds: int) -> list[float]:
                     optimizer.step()
             states.append(local.state_dict())
         model.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
-        times.append(time.perf_counter() - began)
+        times.append(since(began))
     return times
 
 
-def in_process(num_clients: int, num_rounds: int, group_size: int) -> list[float]:
+def in_process(num_clients: int, num_rounds: int, way: str) -> list[Seconds]:
     """The engine with clipping, noise, BLUR and LUS; no checkpoints, as the others write none."""
     engine = private_engine(
         network(),
         LazyClients(num_clients, client),
-        options(num_clients),
+        options(num_clients, averaging_only="only" in way),
         num_rounds=num_rounds,
-        group_size=group_size,
+        group_size=PER_ROUND if "side" in way else 1,
         evaluate_every=10**6,
         progress=False,
     )
     times = []
     for number in range(num_rounds):
-        began = time.perf_counter()
+        began = clock()
         engine.vector_D = engine.step(engine.vector_D, number).vector_D
-        times.append(time.perf_counter() - began)
+        times.append(since(began))
     return times
 
 
-def flower(num_clients: int, num_rounds: int) -> list[float]:
+def flower(num_clients: int, num_rounds: int) -> list[Seconds]:
     """The same through Flower's simulation engine: two simulated nodes that hold the clients."""
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
@@ -131,9 +151,9 @@ def flower(num_clients: int, num_rounds: int) -> list[float]:
         strategy._connect(grid)
         engine = strategy.engine
         for number in range(num_rounds):
-            began = time.perf_counter()
+            began = clock()
             engine.vector_D = engine.step(engine.vector_D, number).vector_D
-            times.append(time.perf_counter() - began)
+            times.append(since(began))
 
     run_simulation(
         server_app=server,
@@ -147,25 +167,39 @@ def flower(num_clients: int, num_rounds: int) -> list[float]:
 def measure(way: str, num_clients: int, num_rounds: int) -> dict[str, Any]:
     """One way in this process: seconds of each round, CPU seconds, largest memory."""
     torch.set_num_threads(1)
-    began = time.process_time()
     if way == "plain loop":
         times = plain_loop(num_clients, num_rounds)
     elif way == "flower simulation":
         times = flower(num_clients, num_rounds)
     else:
-        times = in_process(num_clients, num_rounds, PER_ROUND if "side" in way else 1)
+        times = in_process(num_clients, num_rounds, way)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     # The first round warms up caches, imports and workers.
-    return {"seconds": times[1:], "cpu": time.process_time() - began, "peak_mb": peak}
+    return {
+        "seconds": [wall for wall, _ in times[1:]],
+        "cpu_seconds": [cpu for _, cpu in times[1:]],
+        "peak_mb": peak,
+    }
 
 
 def _apart(way: str, num_clients: int, num_rounds: int) -> dict[str, Any]:
+    """`measure` in a process of its own, ended with its workers if it does not come to an end."""
     words = [sys.executable, "-m", "benchmarks.dp_fedavg", "--one", way]
     words += ["--clients", str(num_clients), "--rounds", str(num_rounds)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{way} with {num_clients} clients failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, start_new_session=True
+        )
+        try:
+            output, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise RuntimeError(f"{way} with {num_clients} clients did not end within {LIMIT} s") from None
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{way} with {num_clients} clients failed: {errors.read()[-2000:]}")
+    return json.loads(output.strip().splitlines()[-1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,32 +216,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(args.one, args.clients, args.rounds)))
         return 0
     if args.short:
-        print(json.dumps({way: measure(way, 10, 3) for way in WAYS[:3]}))
+        print(json.dumps({way: measure(way, 10, 3) for way in WAYS[:4]}))
         return 0
     found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory():
-        for num_clients in (10, 100, 1000):
-            for way in WAYS:
-                rounds = 6 if way == "flower simulation" else args.rounds
-                found[f"{way}, {num_clients}"] = _apart(way, num_clients, rounds)
-                print(
-                    way, num_clients, found[f"{way}, {num_clients}"]["peak_mb"], file=sys.stderr, flush=True
-                )
+    for num_clients in (10, 100, 1000):
+        for way in WAYS:
+            rounds = 6 if way == "flower simulation" else args.rounds
+            found[f"{way}, {num_clients}"] = one = _apart(way, num_clients, rounds)
+            print(way, num_clients, one["peak_mb"], file=sys.stderr, flush=True)
     rows = []
     for num_clients in (10, 100, 1000):
         for way in WAYS:
             one = found[f"{way}, {num_clients}"]
-            base = found[f"plain loop, {num_clients}"]
-            ratio = (
-                sorted(base["seconds"])[len(base["seconds"]) // 2]
-                / sorted(one["seconds"])[len(one["seconds"]) // 2]
-            )
+            base = statistics.median(found[f"plain loop, {num_clients}"]["seconds"])
             rows.append(
                 [
                     num_clients,
                     way,
                     spread([1 / s for s in one["seconds"]]),
-                    f"{ratio:.2f}",
+                    spread([base / s for s in one["seconds"]]),
+                    "" if "flower" in way else spread([1e3 * s for s in one["cpu_seconds"]]),
                     f"{one['peak_mb']:.0f}",
                 ]
             )
@@ -217,13 +245,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         config={"per_round": PER_ROUND, "records": RECORDS, "batch_size": BATCH, "epochs": 2, "model": "mlp"},
         seeds=[0],
         packages=("flwr", "ray"),
-        columns=["clients", "way", "rounds per second", "speed next to the plain loop", "peak memory (MB)"],
+        columns=[
+            "clients",
+            "way",
+            "rounds per second",
+            "speed next to the plain loop",
+            "CPU ms of a round",
+            "peak memory (MB)",
+        ],
         rows=rows,
         notes=[
             "Ten clients train in a round, 8 steps each; median (smallest-largest) over rounds "
             "without the first. "
-            "The engine clips, adds noise and runs BLUR and LUS; the plain loop averages only.",
-            "Memory is that of the driving process; Flower's workers are processes besides it.",
+            "The engine clips, adds noise and runs BLUR and LUS, except where it only averages as the "
+            "plain loop does.",
+            "Memory is that of the driving process. Flower's workers are processes besides it, so its CPU "
+            "time is not shown.",
             "Other work ran on the machine; the ratio is more telling than the rate.",
         ],
         details=found,

@@ -1,12 +1,14 @@
-"""Accuracy of five methods at one true epsilon: DP-FedAvg, FedProx, + BLUR, + LUS, + both; and without noise.
+"""Accuracy of five methods at one true epsilon: DP-FedAvg, FedProx, + BLUR, + LUS, + both; and controls.
 
 ``python -m benchmarks.dp_fedavg_quality --task mnist`` runs what is not yet done (an interrupted benchmark
 goes on) and writes table and plot. Each method's own setting (S, lambda, keep, mu) is the best of a small
-grid on a seed that is not reported; the grid of S is the same for all.
+grid on a seed that is not reported: every S with each value of the method's own option. Controls: LUS with a
+random mask, and FedAvg without clipping and noise.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -17,11 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.record import write_result
+from hf_plugins.accounting import noise_multiplier_for
 from hf_plugins.dp_fedavg.config import DPFedAvgConfig, RunConfig
-from hf_plugins.dp_fedavg.metric import plot_rounds
-from hf_plugins.dp_fedavg.trainer import Task, build_task, recipe_engine
+from hf_plugins.dp_fedavg.dataset import find_file
+from hf_plugins.dp_fedavg.hook import gradient_term
+from hf_plugins.dp_fedavg.metric import TestAccuracy, plot_rounds, record_loss
+from hf_plugins.dp_fedavg.trainer import Task, build_task, private_engine
+from hf_plugins.rounds import LazyClients, LocalTraining, TorchClient, TrainableVector, dirichlet_split
 from tools.real_data import data_set, minilm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,10 +36,10 @@ WORK = ROOT / "work_dirs" / "benchmarks" / "dp_fedavg_quality"
 PILOT_SEED = 100
 SEEDS = (0, 1, 2)
 METHODS = ("DP-FedAvg", "FedProx", "DP-FedAvg + BLUR", "DP-FedAvg + LUS", "DP-FedAvg + BLUR + LUS")
-# Kept for every task: what each grid may try.
-STRENGTHS = (4.0,)
-KEEPS = (0.5,)
-PROXIMAL = (1.0,)
+RANDOM = "DP-FedAvg + random mask"
+PLAIN = "FedAvg, no privacy"
+# What a clipping norm of no effect is: larger than any update.
+UNBOUNDED = 1e6
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,7 +50,11 @@ class Setting:
     local: dict[str, Any]
     norms: tuple[float, ...]
     sample_rate: float
-    epsilon: float = 8.0
+    group_size: int = 1
+    epsilon: float = 4.0
+    strengths: tuple[float, ...] = (4.0,)
+    keeps: tuple[float, ...] = (0.1,)
+    proximal: tuple[float, ...] = (1.0,)
 
 
 def setting(task: str) -> Setting:
@@ -53,17 +64,17 @@ def setting(task: str) -> Setting:
             run={
                 "task": "images",
                 "data": str(data_set("mnist")),
-                "model": "cnn",
+                "model": "mlp",
                 "num_clients": 500,
-                "alpha": 0.3,
-                "num_rounds": 25,
+                "alpha": 0.1,
+                "num_rounds": 15,
                 "max_records": 60,
                 "max_test_records": 2000,
-                "group_size": 25,
             },
-            local={"learning_rate": 0.1, "num_epochs": 2, "batch_size": 20},
-            norms=(0.3, 1.0),
+            local={"learning_rate": 0.2, "num_epochs": 5, "batch_size": 20},
+            norms=(0.3, 0.9),
             sample_rate=0.1,
+            group_size=25,
         )
     if task == "shakespeare":
         return Setting(
@@ -71,41 +82,112 @@ def setting(task: str) -> Setting:
                 "task": "characters",
                 "data": str(data_set("federated_shakespeare")),
                 "model": "gru",
-                "num_rounds": 25,
+                "num_rounds": 6,
                 "max_length": 32,
                 "max_records": 32,
                 "max_test_records": 400,
             },
-            local={"learning_rate": 0.5, "num_epochs": 1, "batch_size": 8},
-            norms=(0.3, 1.0, 3.0),
+            local={"learning_rate": 2.0, "num_epochs": 3, "batch_size": 16},
+            norms=(0.3, 1.0),
             sample_rate=0.3,
+            # Steps of gradient descent on the penalty diverge above 2 / learning rate.
+            strengths=(0.4,),
+            proximal=(0.1,),
         )
     return Setting(
         run={
             "task": "text",
             "data": str(data_set("banking77")),
             "model": str(minilm()),
-            "num_clients": 200,
-            "alpha": 0.3,
+            "num_clients": 1000,
+            "alpha": 0.1,
             "num_rounds": 10,
-            "max_length": 24,
-            "max_records": 16,
-            "max_test_records": 300,
+            "max_length": 32,
         },
-        local={"learning_rate": 0.02, "optim": "sgd", "per_device_train_batch_size": 16, "use_cpu": True},
+        local={"learning_rate": 4.0, "num_epochs": 5, "batch_size": 10},
         norms=(0.3, 1.0),
         sample_rate=0.1,
+        group_size=25,
+        strengths=(0.2,),
+        proximal=(0.05,),
     )
+
+
+def features(texts: Sequence[str], model: str, max_length: int) -> torch.Tensor:
+    """Sentence embeddings of the public encoder, norm 1: mean over tokens."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    # Texts of like length side by side need little padding.
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found = torch.zeros(len(texts), encoder.config.hidden_size)
+    with torch.no_grad():
+        for start in range(0, len(order), 128):
+            rows = order[start : start + 128]
+            batch = tokenizer(
+                [texts[i] for i in rows],
+                padding=True,
+                truncation=True,
+                max_length=max_length,
+                return_tensors="pt",
+            )
+            mask = batch["attention_mask"][:, :, None]
+            found[rows] = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+    return torch.nn.functional.normalize(found, dim=1)
+
+
+def head_task(base: Setting) -> Task:
+    """Users of intents; the encoder is public and frozen, a linear head on its features is trained."""
+    from hf_plugins.dp_fedavg.peft import read_rows
+
+    folder, run = Path(base.run["data"]), base.run
+    rows = [read_rows(find_file(folder, f"{part}*.jsonl*")) for part in ("train", "test")]
+    kept = WORK / "banking77_features.pt"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        texts = [[row["text"] for row in part] for part in rows]
+        torch.save([features(part, run["model"], run["max_length"]) for part in texts], kept)
+    (train_x, test_x), (train_y, test_y) = (
+        torch.load(kept, weights_only=True),
+        [torch.tensor([int(row["label"]) for row in part]) for part in rows],
+    )
+    owners = dirichlet_split(train_y.tolist(), run["num_clients"], alpha=run["alpha"], seed=0)
+    model = nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    training = LocalTraining().with_config(base.local)
+
+    def client(number: int) -> TorchClient:
+        mine = torch.as_tensor(owners[number])
+        records = (train_x[mine], train_y[mine])
+        return TorchClient(number, records, loss=record_loss, training=training, terms=[gradient_term])
+
+    evaluate = TestAccuracy(TrainableVector(model), (test_x, test_y))
+    return Task(model=model, clients=LazyClients(len(owners), client), evaluate=evaluate)
 
 
 def options(method: str, chosen: dict[str, float]) -> dict[str, Any]:
     """The method's part of `DPFedAvgConfig`."""
     return {
         "clipping_norm": chosen["clipping_norm"],
-        "blur": chosen.get("blur", 0.0) if "BLUR" in method else 0.0,
-        "keep_ratio": chosen.get("keep_ratio", 1.0) if "LUS" in method else 1.0,
-        "proximal": chosen.get("proximal", 0.0) if method == "FedProx" else 0.0,
+        "blur": chosen.get("blur", 0.0),
+        "keep_ratio": chosen.get("keep_ratio", 1.0),
+        "proximal": chosen.get("proximal", 0.0),
+        "lus_score": "random" if method == RANDOM else "utility",
     }
+
+
+@functools.cache
+def _calibrated(epsilon: float, sample_rate: float, num_rounds: int, delta: float) -> float:
+    return noise_multiplier_for(
+        target_epsilon=epsilon, sample_rate=sample_rate, num_steps=num_rounds, delta=delta, sampling="poisson"
+    )
+
+
+def _noise(base: Setting, num_clients: int) -> float:
+    """The noise multiplier that every method of a task gets; computed once, as it takes seconds."""
+    delta = DPFedAvgConfig(noise_multiplier=1.0).delta_for(num_clients)
+    return _calibrated(base.epsilon, base.sample_rate, base.run["num_rounds"], delta)
 
 
 def one_run(
@@ -118,8 +200,7 @@ def one_run(
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     dp = DPFedAvgConfig(
-        target_epsilon=base.epsilon if noise else None,
-        noise_multiplier=None if noise else 0.0,
+        noise_multiplier=_noise(base, len(task.clients)) if noise else 0.0,
         sample_rate=base.sample_rate,
         seed=seed,
         log_private_statistics=True,
@@ -127,9 +208,19 @@ def one_run(
     )
     began, wall = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        run = RunConfig(**base.run, output_dir=folder, evaluate_every=5, model_seed=0)
-        engine = recipe_engine(task, run, dp, save_every=1000)
-        engine.run(run.num_rounds)
+        engine = private_engine(
+            task.model,
+            task.clients,
+            dp,
+            num_rounds=base.run["num_rounds"],
+            evaluate=task.evaluate,
+            evaluate_every=5,
+            folder=folder,
+            group_size=base.group_size,
+            save_every=1000,
+            progress=False,
+        )
+        engine.run(base.run["num_rounds"])
         report = engine.aggregate.report()
     result = {
         "method": method,
@@ -154,23 +245,18 @@ def one_run(
 
 def choose(task: Task, name: str, base: Setting) -> dict[str, dict[str, float]]:
     """Each method's setting: the best on the pilot seed. S is chosen for each method by itself."""
-    picked = {}
+    picked: dict[str, dict[str, float]] = {}
     for method in METHODS:
         extra: list[dict[str, float]] = [{}]
         if method == "FedProx":
-            extra = [{"proximal": mu} for mu in PROXIMAL]
+            extra = [{"proximal": mu} for mu in base.proximal]
         elif method == "DP-FedAvg + BLUR":
-            extra = [{"blur": strength} for strength in STRENGTHS]
+            extra = [{"blur": strength} for strength in base.strengths]
         elif method == "DP-FedAvg + LUS":
-            extra = [{"keep_ratio": keep} for keep in KEEPS]
+            extra = [{"keep_ratio": keep} for keep in base.keeps]
         elif method == "DP-FedAvg + BLUR + LUS":
-            # The parts' own best; only S is searched again.
-            extra = [
-                {
-                    "blur": picked["DP-FedAvg + BLUR"]["blur"],
-                    "keep_ratio": picked["DP-FedAvg + LUS"]["keep_ratio"],
-                }
-            ]
+            keep = picked["DP-FedAvg + LUS"]["keep_ratio"]
+            extra = [{"blur": strength, "keep_ratio": keep} for strength in base.strengths]
         tried = [
             (
                 one_run(task, name, base, method, {"clipping_norm": norm, **more}, PILOT_SEED, noise=True),
@@ -189,34 +275,51 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
     return statistics.mean(statistics.mean(r[name] for r in row["history"] if name in r) for row in rows)
 
 
+def _row(method: str, chosen: dict[str, float], found: Sequence[dict[str, Any]], clipping: str) -> list[Any]:
+    accuracies = [row["accuracy"] for row in found]
+    private = bool(found[0]["noise"])
+    names = {"clipping_norm": "S", "proximal": "mu", "blur": "lambda", "keep_ratio": "keep"}
+    return [
+        method,
+        ", ".join(f"{names[k]} {v:g}" for k, v in chosen.items()) if private else "",
+        f"{statistics.mean(accuracies):.4f} +- {statistics.stdev(accuracies):.4f}",
+        clipping,
+        f"{found[0]['report']['epsilon']:.3f}" if private else "infinite",
+        f"{_mean(found, 'dp_fedavg/private/clipped_ratio'):.2f}" if private else "0",
+        f"{_mean(found, 'dp_fedavg/private/norm_median'):.2f}",
+    ]
+
+
 def report(
     name: str, base: Setting, picked: dict[str, dict[str, float]], seeds: Sequence[int], task: Task
 ) -> None:
     """Write the table and the plots."""
     rows, runs = [], {}
-    for method in METHODS:
-        found = [one_run(task, name, base, method, picked[method], seed, noise=True) for seed in seeds]
-        plain = [one_run(task, name, base, method, picked[method], seed, noise=False) for seed in seeds[:1]]
+    settings = {**picked, RANDOM: picked["DP-FedAvg + LUS"]}
+    for method, chosen in settings.items():
+        found = [one_run(task, name, base, method, chosen, seed, noise=True) for seed in seeds]
+        clipping = ""
+        if method in (METHODS[0], METHODS[-1]):
+            quiet = one_run(task, name, base, method, chosen, seeds[0], noise=False)
+            clipping = f"{quiet['accuracy']:.4f}"
+        rows.append(_row(method, chosen, found, clipping))
         runs[method] = [row["history"] for row in found]
-        accuracies = [row["accuracy"] for row in found]
-        rows.append(
-            [
-                method,
-                ", ".join(f"{k} {v:g}" for k, v in picked[method].items()),
-                f"{statistics.mean(accuracies):.4f} +- {statistics.stdev(accuracies):.4f}",
-                f"{plain[0]['accuracy']:.4f}",
-                f"{found[0]['report']['epsilon']:.3f}",
-                _mean(found, "dp_fedavg/private/clipped_ratio"),
-                _mean(found, "dp_fedavg/private/norm_median"),
-            ]
-        )
-    guarantee = found[0]["report"]
+        guarantee = found[0]["report"]
+    unbounded = {"clipping_norm": UNBOUNDED}
+    plain = [one_run(task, name, base, PLAIN, unbounded, seed, noise=False) for seed in seeds]
+    rows.append(_row(PLAIN, unbounded, plain, ""))
+    # Only its accuracy belongs into the plot: it has no epsilon and no S.
+    runs[PLAIN] = [
+        [{k: v for k, v in row.items() if "dp_fedavg" not in k} for row in found["history"]]
+        for found in plain
+    ]
     write_result(
         f"dp_fedavg_{name}",
         command=f"python -m benchmarks.dp_fedavg_quality --task {name}",
         config={
             "run": {**base.run, "data": name, "model": Path(str(base.run["model"])).name},
             "local": base.local,
+            "grid": {k: getattr(base, k) for k in ("norms", "strengths", "keeps", "proximal")},
         },
         seeds=seeds,
         packages=("dp-accounting",),
@@ -224,7 +327,7 @@ def report(
             "method",
             "setting",
             "test accuracy",
-            "without noise",
+            "the same without noise, one seed",
             "epsilon",
             "share clipped",
             "median norm",
@@ -232,18 +335,29 @@ def report(
         rows=rows,
         notes=[
             f"{guarantee['users']} users, Poisson sampling {base.sample_rate:g}, "
-            f"{base.run['num_rounds']} rounds, "
-            f"noise multiplier {guarantee['noise_multiplier']:.3f}, delta {guarantee['delta']:.2g}; "
-            "mean +- standard "
-            "deviation over seeds. Each method's setting is the best of its grid on another seed; "
-            "the search itself "
-            "is not in epsilon.",
-            "Norm before clipping and share of users clipped are means over rounds: what BLUR and "
-            "LUS act on.",
+            f"{base.run['num_rounds']} rounds, noise multiplier {guarantee['noise_multiplier']:.3f}, "
+            f"delta {guarantee['delta']:.2g}; mean +- standard deviation over seeds. Each method's setting "
+            f"is the best of its grid on seed {PILOT_SEED}: S of {', '.join(map(str, base.norms))}"
+            f"; lambda {_said(base.strengths)}, share kept {_said(base.keeps)}, mu {_said(base.proximal)}. "
+            "The search is not in epsilon.",
+            "Norm before clipping (after LUS) and share of users clipped are means over rounds.",
         ],
-        details={"runs": {m: [r[-1] for r in h] for m, h in runs.items()}},
+        details={
+            "runs": {m: [r[-1] for r in h] for m, h in runs.items()},
+            "pilot": _pilots(name),
+        },
     )
-    plot_rounds(runs, ROOT / "docs" / "results" / f"dp_fedavg_{name}.png", title=name)
+    plot_rounds(runs, ROOT / "docs" / "results" / f"dp_fedavg_{name}.svg", title=name)
+
+
+def _said(values: Sequence[float]) -> str:
+    return " or ".join(f"{value:g}" for value in values)
+
+
+def _pilots(name: str) -> dict[str, float]:
+    """Accuracy of every setting that was tried on the pilot seed."""
+    found = [json.loads(path.read_text()) for path in sorted((WORK / name).glob(f"*_{PILOT_SEED}.json"))]
+    return {f"{one['method']} {one['chosen']}": one["accuracy"] for one in found}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -262,8 +376,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.short:
         return _short()
     base = setting(args.task)
-    with tempfile.TemporaryDirectory() as folder:
-        task = build_task(RunConfig(**base.run, output_dir=folder), base.local)
+    if args.task == "banking77":
+        task = head_task(base)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            task = build_task(RunConfig(**base.run, output_dir=folder), base.local)
     picked = choose(task, args.task, base)
     print(json.dumps({"task": args.task, "chosen": picked}), flush=True)
     if not args.pilot_only:

@@ -16,6 +16,7 @@ PLD (privacy loss distributions, dp-accounting) is what the suite reports; RDP a
 *sum* of clipped contributions, in units of the clipping norm.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -262,7 +263,7 @@ class Ledger:
 
     def epsilon(self, *, delta: float, accountant: AccountantName = "auto") -> float:
         """Epsilon of everything recorded; see `composed_epsilon`."""
-        return composed_epsilon(self._releases, delta=delta, accountant=accountant)
+        return _remembered(self.releases, delta, accountant)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything recorded, as plain JSON values."""
@@ -280,6 +281,12 @@ class Ledger:
                 "Without the count of past steps epsilon is unknown, so nothing is resumed."
             )
         self._releases = [Release(**release) for release in state["releases"]]
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered(releases: tuple[Release, ...], delta: float, accountant: AccountantName) -> float:
+    # A composition takes about a second, and a run asks for the same one again: log, test, report.
+    return composed_epsilon(releases, delta=delta, accountant=accountant)
 
 
 def _dp_accounting(

@@ -1,7 +1,6 @@
-"""Gaussian noise from two sources: a seeded generator that can repeat a run, and the operating system."""
+"""Randomness of a run: seeds, streams that can repeat it, and uniform draws from the operating system."""
 
 import hashlib
-import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -9,9 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-
-# Variates summed into one, so that the bits of a single rounded one cannot be guessed (Holohan and Braghin).
-_SUMMANDS = 4
 
 
 def fresh_seed() -> int:
@@ -58,26 +54,3 @@ def secure_uniform(count: int) -> np.ndarray:
     """
     bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
     return (bits.astype(np.float64) + 1) * 2.0**-53
-
-
-def secure_gaussian(shape: Sequence[int]) -> Tensor:
-    """Standard normal variates whose randomness comes from the operating system's generator.
-
-    ``z = (n_1 + n_2 + n_3 + n_4) / 2`` of four float64 normal variates (Box-Muller), rounded to float32 once.
-
-    Args:
-        shape: Shape of the result.
-
-    Returns:
-        float32 tensor on the CPU.
-
-    Source: Holohan and Braghin 2021, section 5.1 (the sum hides the rounding of each term), n = 2.
-    """
-    count = math.prod(shape)
-    half = -(-count // 2)
-    total = np.zeros(2 * half)
-    for _ in range(_SUMMANDS):
-        radius = np.sqrt(-2 * np.log(secure_uniform(half)))
-        angle = 2 * np.pi * secure_uniform(half)
-        total += np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-    return torch.from_numpy((total[:count] / math.sqrt(_SUMMANDS)).astype(np.float32)).view(tuple(shape))

@@ -30,8 +30,9 @@ from hf_plugins.dp.model import (
     trainable,
     why_not_ghost,
 )
-from hf_plugins.dp.noise import fresh_seed, secure_gaussian, seeded_gaussian, stream_seed
+from hf_plugins.dp.noise import fresh_seed, seeded_gaussian, stream_seed
 from hf_plugins.dp.sampling import users_of
+from hf_plugins.secure_noise import secure_gaussian
 
 logger = logging.getLogger(__name__)
 

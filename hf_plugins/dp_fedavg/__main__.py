@@ -1,4 +1,4 @@
-"""Command line: ``mmhf dp-fedavg run RECIPE | epsilon ...``."""
+"""Command line: ``mmhf dp-fedavg run RECIPE | epsilon RECIPE | picture FOLDER``."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_plugins import recipes
 from hf_plugins.dp_fedavg.config import DPFedAvgConfig, RunConfig, parse_recipe
+from hf_plugins.dp_fedavg.metric import KEPT, plot_kept, plot_rounds
 from hf_plugins.dp_fedavg.trainer import PrivateMean, build_task, finish_run, recipe_engine
 from hf_plugins.rounds.trackers import Reporter
 
@@ -22,6 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     cost = commands.add_parser("epsilon", help="what a recipe spends, without training")
     cost.add_argument("recipe", type=Path, help="YAML recipe")
     cost.add_argument("--num-clients", type=int, help="users, where the data decide (characters)")
+    drawn = commands.add_parser("picture", help="accuracy, epsilon, norms over rounds, and what LUS keeps")
+    drawn.add_argument("folder", type=Path, help="output_dir of a run")
     return parser
 
 
@@ -56,6 +59,19 @@ def _cost(args: argparse.Namespace) -> dict[str, Any]:
     return private.report()
 
 
+def _picture(args: argparse.Namespace) -> dict[str, Any]:
+    path = args.folder / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run `mmhf dp-fedavg run RECIPE` first.")
+    history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    written = [args.folder / "rounds.png"]
+    plot_rounds({"run": [history]}, written[0], title=str(args.folder))
+    if any(name.startswith(KEPT) for row in history for name in row):
+        written.append(args.folder / "lus.png")
+        plot_kept(history, written[1], title=str(args.folder))
+    return {"written": [str(path) for path in written]}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; prints one JSON line.
 
@@ -64,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        done = _run(args) if args.command == "run" else _cost(args)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        done = {"run": _run, "epsilon": _cost, "picture": _picture}[args.command](args)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         print(f"mmhf dp-fedavg: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(json.dumps(done))

@@ -44,7 +44,7 @@ def user_level_mod(message: Message, context: Context, call_next: ClientAppCalla
             raise ValueError(f"the train function's update does not fit the model: {update.detail}")
     else:
         update = _difference(reply, sent, layout_job=(layout, job))
-    return reply_with(FinishUpdate(layout.sizes)(update, job), layout, message)
+    return reply_with(FinishUpdate(layout.sizes, layout.names)(update, job), layout, message)
 
 
 def _difference(reply: Message, sent: ArrayRecord, *, layout_job: tuple[Any, Any]) -> Update:

@@ -8,9 +8,10 @@ from torch import Tensor
 from hf_plugins.dp_fedavg.blur import blur_gradient, proximal_gradient
 from hf_plugins.dp_fedavg.clipping import clip_update
 from hf_plugins.dp_fedavg.config import DPFedAvgConfig
-from hf_plugins.dp_fedavg.noise import gaussian, share_std
-from hf_plugins.dp_fedavg.sparsification import sparsify_update
+from hf_plugins.dp_fedavg.noise import share_std
+from hf_plugins.dp_fedavg.sparsification import kept_norms, sparsify_update
 from hf_plugins.rounds import ClientFailed, Config, Job, Update, generator_for
+from hf_plugins.secure_noise import gaussian
 
 PREFIX = "dp_fedavg."
 
@@ -76,10 +77,12 @@ class FinishUpdate:
 
     Args:
         sizes: Lengths of the model's trainable tensors (``TrainableVector.sizes``).
+        names: Their names: what LUS keeps of each is then among the metrics.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], names: Sequence[str] = ()) -> None:
         self.sizes = list(sizes)
+        self.names = list(names)
 
     def __call__(self, update: Update, job: Job) -> Update:
         """The update that may leave the user; its record count is replaced by 1.
@@ -104,6 +107,9 @@ class FinishUpdate:
                 )
             except ValueError as error:
                 raise ClientFailed(f"client {job.client_id}: {error}") from error
+            if self.names:
+                kept = kept_norms(update.vector_D, vector, self.sizes)
+                metrics |= {f"lus_kept/{name}": k for name, k in zip(self.names, kept, strict=True)}
         bound = float(options["clipping_norm"])
         clipped, norm = clip_update([vector], bound)
         if not norm < float("inf"):

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from hf_plugins.rounds import TrainableVector
 
+# Beginning of the metrics that say what LUS keeps of each tensor.
+KEPT = "clients/lus_kept/"
+
 
 def record_loss(model: Callable[..., Any], batch: tuple[Tensor, ...]) -> Tensor:
     """Cross entropy of each record: of its class, or the mean over its positions.
@@ -80,17 +83,13 @@ def plot_rounds(
     Raises:
         ImportError: If matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; run: pip install 'mmhf-plugins[report]'") from error
+    figure = _figure(11, 7)
     panels = {
         "test/accuracy": "test accuracy",
         "dp_fedavg/epsilon": "epsilon spent",
         "dp_fedavg/private/norm_median": "median norm before clipping / S",
         "dp_fedavg/private/clipped_ratio": "share of users clipped",
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for method, histories in runs.items():
             rounds, low, middle, high = _band(histories, name)
@@ -100,6 +99,49 @@ def plot_rounds(
         axis.set_title(label)
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def plot_kept(history: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> None:
+    """Draw what LUS keeps of each tensor: the share of its squared norm, mean over users, over rounds.
+
+    Args:
+        history: Rows of ``metrics.jsonl`` of a run with ``log_private_statistics``.
+        path: Image to write; the ending decides the format.
+        title: Above the picture.
+
+    Raises:
+        ValueError: If the history holds no such figures.
+        ImportError: If matplotlib is missing.
+    """
+    names = list(dict.fromkeys(name for row in history for name in row if name.startswith(KEPT)))
+    if not names:
+        raise ValueError(
+            "the run holds nothing about what LUS keeps: it needs keep_ratio < 1 and log_private_statistics: "
+            "true in the recipe's section dp, and noise_mode='central'."
+        )
+    figure = _figure(9, 1.5 + 0.28 * len(names))
+    axis = figure.subplots()
+    rows = [row for row in history if names[0] in row]
+    shares = [[float(row[name]) for row in rows] for name in names]
+    picture = axis.imshow(shares, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_yticks(range(len(names)), [name.removeprefix(KEPT) for name in names], fontsize=7)
+    axis.set_xticks([0, len(rows) - 1], [str(rows[0]["round"]), str(rows[-1]["round"])])
+    axis.set_xlabel("round")
+    figure.colorbar(picture, label="share of the squared norm that LUS keeps")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; run: pip install 'mmhf-plugins[report]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     figure.savefig(part, format=path.suffix.lstrip(".") or "png", dpi=100)

@@ -1,47 +1,6 @@
-"""Gaussian noise of a round: central, or as shares that users add under secure aggregation."""
+"""How much noise a round needs: of one user's share under secure aggregation, and of what lacks of them."""
 
 import math
-import os
-
-import numpy as np
-import torch
-from torch import Tensor
-
-# Variates summed into one, so that the bits of a single rounded one cannot be guessed.
-_SUMMANDS = 4
-
-
-def gaussian(size: int, std: float, *, generator: torch.Generator | None) -> Tensor:
-    """Noise for every coordinate of an update, those included that nobody sent anything for.
-
-    Args:
-        size: Coordinates.
-        std: Standard deviation, >= 0.
-        generator: Seeded generator, or None for the operating system's randomness.
-
-    Returns:
-        float32 ``[size]``.
-    """
-    if std == 0:
-        return torch.zeros(size)
-    if generator is not None:
-        return torch.randn(size, generator=generator) * std
-    return secure_gaussian(size) * std
-
-
-def secure_gaussian(size: int) -> Tensor:
-    """Standard normal variates from ``os.urandom``: ``(n_1 + n_2 + n_3 + n_4) / 2``, Box-Muller in float64.
-
-    Source: Holohan and Braghin 2021, section 5.1 (the sum hides how each term was rounded).
-    """
-    half = -(-size // 2)
-    total = np.zeros(2 * half)
-    for _ in range(_SUMMANDS):
-        bits = np.frombuffer(os.urandom(16 * half), dtype=np.uint64) >> np.uint64(11)
-        uniform = (bits.astype(np.float64) + 1) * 2.0**-53
-        radius, angle = np.sqrt(-2 * np.log(uniform[:half])), 2 * np.pi * uniform[half:]
-        total += np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-    return torch.from_numpy((total[:size] / math.sqrt(_SUMMANDS)).astype(np.float32))
 
 
 def share_std(noise_multiplier: float, clipping_norm: float, expected_users: float) -> float:

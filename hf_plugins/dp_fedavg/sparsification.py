@@ -76,6 +76,22 @@ def keep_mask(score_D: Tensor, keep_ratio: float, *, sizes: Sequence[int] | None
     )
 
 
+def kept_norms(update_D: Tensor, sparse_D: Tensor, sizes: Sequence[int]) -> list[float]:
+    """What is left of each tensor, ``|mask * delta|^2 / |delta|^2``: its squared norm after LUS, over before.
+
+    Args:
+        update_D: Update before LUS.
+        sparse_D: Update after it.
+        sizes: Lengths of the tensors that the vector is made of.
+
+    Returns:
+        A share in [0, 1] for each tensor; 1 where there was nothing to lose.
+    """
+    before = [float(part.double().square().sum()) for part in update_D.split(list(sizes))]
+    after = [float(part.double().square().sum()) for part in sparse_D.split(list(sizes))]
+    return [a / b if b else 1.0 for a, b in zip(after, before, strict=True)]
+
+
 def sparsify_update(
     update_D: Tensor,
     gradient_D: Tensor | None = None,

@@ -28,7 +28,7 @@ from hf_plugins.dp_fedavg.dataset import load_users
 from hf_plugins.dp_fedavg.hook import FinishUpdate, client_options, gradient_term
 from hf_plugins.dp_fedavg.metric import TestAccuracy, record_loss
 from hf_plugins.dp_fedavg.model import CharacterModel, check_private_model, image_model
-from hf_plugins.dp_fedavg.noise import gaussian, missing_std
+from hf_plugins.dp_fedavg.noise import missing_std
 from hf_plugins.rounds import (
     Aggregate,
     Client,
@@ -47,6 +47,7 @@ from hf_plugins.rounds import (
     generator_for,
 )
 from hf_plugins.rounds.storage import write_atomically
+from hf_plugins.secure_noise import gaussian
 
 logger = logging.getLogger(__name__)
 # What a round's row may hold although no noise covers it: nothing, unless the user says so.
@@ -362,7 +363,7 @@ def private_engine(
         return {**figures, "dp_fedavg/epsilon": finite(private.epsilon())}
 
     if transport is None:
-        finish = FinishUpdate(weights.sizes)
+        finish = FinishUpdate(weights.sizes, weights.names)
         grouped = group_size > 1
         transport = (
             GroupedInProcess(model, clients, group_size=group_size, finish=finish)

@@ -47,6 +47,18 @@ def test_sparsified_then_clipped() -> None:
     assert done.metrics["norm_before_lus"] == pytest.approx(float(DELTA.norm()))
 
 
+def test_what_lus_keeps_of_each_tensor_is_a_metric() -> None:
+    """Of two halves, by magnitude over all: the first keeps all, the second nothing."""
+    asked = job(keep_ratio=0.5, lus_scope="global", lus_score="magnitude")
+    done = FinishUpdate([2, 2], ["a", "b.weight"])(update(), asked)
+    assert {name: v for name, v in done.metrics.items() if "lus_kept" in name} == {
+        "lus_kept/a": 1.0,
+        "lus_kept/b.weight": 0.0,
+    }
+    shares = job(2.0, keep_ratio=0.5, noise_mode="shares")
+    assert FinishUpdate([2, 2], ["a", "b.weight"])(update(), shares).metrics == {}
+
+
 def test_small_update_passes_unchanged() -> None:
     done = FinishUpdate([4])(update(), job(clipping_norm=10.0))
     assert torch.equal(done.vector_D, DELTA)

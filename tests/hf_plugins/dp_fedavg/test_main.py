@@ -104,3 +104,19 @@ def test_changed_recipe_does_not_go_on_with_the_old_run(
     content["dp"]["clipping_norm"] = 0.7
     assert main(["run", str(recipe(tmp_path, dp=content["dp"]))]) == 2
     assert "give the new run a folder of its own" in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    path = recipe(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["dp"] |= {"log_private_statistics": True, "keep_ratio": 0.5}
+    assert main(["run", str(recipe(tmp_path, dp=content["dp"]))]) == 0
+    capsys.readouterr()
+    assert main(["picture", str(tmp_path / "out")]) == 0
+    written = json.loads(capsys.readouterr().out)["written"]
+    assert [Path(name).name for name in written] == ["rounds.png", "lus.png"]
+    assert all(Path(name).read_bytes()[:4] == b"\x89PNG" for name in written)
+    assert main(["picture", str(tmp_path)]) == 2
+    assert "run `mmhf dp-fedavg run RECIPE` first" in capsys.readouterr().err

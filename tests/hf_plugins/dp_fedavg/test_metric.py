@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_plugins.dp_fedavg.metric import TestAccuracy, accuracy, plot_rounds, record_loss
+from hf_plugins.dp_fedavg.metric import TestAccuracy, accuracy, plot_kept, plot_rounds, record_loss
 from hf_plugins.rounds import TrainableVector
 
 
@@ -53,6 +53,15 @@ def test_plot(tmp_path: Path) -> None:
     plot_rounds({"a": [rows(0.5), rows(0.6)], "b": [rows(0.7)]}, tmp_path / "out" / "p.png", title="t")
     assert (tmp_path / "out" / "p.png").read_bytes()[:4] == b"\x89PNG"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["p.png"]
+
+
+def test_plot_of_what_lus_keeps(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    history = [{"round": r, "clients/lus_kept/a": 0.5, "clients/lus_kept/b": 0.1 * r} for r in (1, 2)]
+    plot_kept([{"round": 0}, *history], tmp_path / "lus.png", title="t")
+    assert (tmp_path / "lus.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="needs keep_ratio < 1 and log_private_statistics: true"):
+        plot_kept(rows(0.5), tmp_path / "no.png")
 
 
 def test_plot_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_plugins.dp_fedavg import clip_update, sparsify_update
-from hf_plugins.dp_fedavg.sparsification import keep_mask, largest, utility_cost
+from hf_plugins.dp_fedavg.sparsification import keep_mask, kept_norms, largest, utility_cost
 from tests.hf_plugins.dp_fedavg import reference
 
 DELTA = torch.tensor([1.680163, 2.240217, 0.280027, -0.140014])
@@ -96,3 +96,10 @@ def test_refusals() -> None:
         sparsify_update(DELTA, keep_ratio=0.5, score="fisher")
     with pytest.raises(ValueError, match="scope must be tensor or global"):
         sparsify_update(DELTA, GRADIENT, keep_ratio=0.5, scope="layer")
+
+
+def test_kept_norms_of_each_tensor() -> None:
+    """[3, 4 | 0, 1 | 0] keeps 4 and nothing and nothing: 16/25, 0, and 1 where nothing was to lose."""
+    update = torch.tensor([3.0, 4.0, 0.0, 1.0, 0.0])
+    sparse = torch.tensor([0.0, 4.0, 0.0, 0.0, 0.0])
+    assert kept_norms(update, sparse, [2, 2, 1]) == [16 / 25, 0.0, 1.0]

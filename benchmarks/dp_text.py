@@ -124,6 +124,7 @@ def train_one(
             save_strategy="no",
             report_to=[],
             use_cpu=True,
+            bf16=True,
             seed=seed,
             disable_tqdm=True,
         )
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument(
         "--only", default="", help="train only runs whose name contains this (sst2-LoRA); no report"

@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows=time_rows,
         notes=[
             "CPU time of a whole step, one thread; ratio of medians within a round, median (smallest - "
-            "largest) over interleaved rounds; ours includes the host's loop, Poisson sampling and collating, "
+            "largest) over interleaved rounds; ours includes the host's loop, Poisson sampling, collating, "
             "the Opacus loop gets one ready batch.",
         ],
         details=details,

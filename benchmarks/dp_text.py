@@ -61,9 +61,10 @@ class Method(NamedTuple):
     chunk: int
 
 
-# Set once by what a step can move in so few of them; not tuned on any of the results.
+# Chosen on SST-2 without noise, with a seed that the table does not use (--try): LoRA learns nothing in ten
+# steps at 5e-3.
 METHODS = {
-    "LoRA": Method(learning_rate=5e-3, lora_rank=4, chunk=32),
+    "LoRA": Method(learning_rate=2e-2, lora_rank=4, chunk=32),
     "full": Method(learning_rate=5e-4, lora_rank=0, chunk=32),
 }
 
@@ -256,7 +257,7 @@ def report(folder: Path, seeds: Sequence[int], steps: int, batch: int) -> None:
             f"MiniLM-L6, {steps} steps of {batch} records expected (Poisson), texts cut at {MAX_LENGTH} "
             f"tokens, accuracy in % on {TEST_ROWS} test rows, mean +/- standard deviation over seeds; "
             "epsilon by PLD.",
-            "No noise: same clipping and steps with noise_multiplier 0.",
+            "No noise: same clipping and steps with noise_multiplier 0. bf16 autocast in all arms.",
         ],
         details={"/".join(map(str, key)): value for key, value in found.items()},
     )

@@ -7,6 +7,7 @@ and writes nothing.
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -34,6 +35,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import RESULTS, write_result  # noqa: E402
+from hf_plugins.accounting import noise_multiplier_for  # noqa: E402
 from hf_plugins.dp import DPConfig, DPTrainer  # noqa: E402
 from tools.real_data import data_set, minilm, read_rows  # noqa: E402
 
@@ -43,6 +45,7 @@ NAMES = {1.0: "epsilon 1", 3.0: "epsilon 3", 8.0: "epsilon 8", math.inf: "no noi
 MAX_LENGTH = 24
 TEST_ROWS = 400
 CLIP = 0.5
+DELTA = 1e-5
 
 
 class Task(NamedTuple):
@@ -104,6 +107,14 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
 
 
+@functools.cache
+def noise_for(epsilon: float, steps: int, sample_rate: float) -> float:
+    """Noise multiplier of a budget; the same for every method and seed."""
+    if math.isinf(epsilon):
+        return 0.0
+    return noise_multiplier_for(target_epsilon=epsilon, num_steps=steps, delta=DELTA, sample_rate=sample_rate)
+
+
 def train_one(
     task: Task, method: Method, *, epsilon: float, seed: int, steps: int, batch: int
 ) -> dict[str, float]:
@@ -111,7 +122,7 @@ def train_one(
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     train, test = tokenized(task.train, tokenizer), tokenized(task.test, tokenizer)
-    budget = {"noise_multiplier": 0.0} if math.isinf(epsilon) else {"target_epsilon": epsilon}
+    noise = noise_for(epsilon, steps, batch / len(train))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -136,7 +147,7 @@ def train_one(
             eval_dataset=test,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=accuracy,
-            dp=DPConfig(**budget, delta=1e-5, max_grad_norm=CLIP, seed=seed),
+            dp=DPConfig(noise_multiplier=noise, delta=DELTA, max_grad_norm=CLIP, seed=seed),
         )
         start = time.process_time()
         trainer.train()
@@ -245,7 +256,7 @@ def report(folder: Path, seeds: Sequence[int], steps: int, batch: int) -> None:
             "batch": batch,
             "max_length": MAX_LENGTH,
             "max_grad_norm": CLIP,
-            "delta": 1e-5,
+            "delta": DELTA,
             "methods": {name: method._asdict() for name, method in METHODS.items()},
             "noise_multipliers": noise,
         },

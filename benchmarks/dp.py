@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.record import write_result  # noqa: E402
+from benchmarks.record import spread, write_result  # noqa: E402
 from hf_plugins.dp import DPConfig, DPTrainer  # noqa: E402
 from tools.real_data import minilm  # noqa: E402
 
@@ -242,11 +242,17 @@ def measure_memory(case: Case, mode: str | None, batch: int) -> float:
     return value
 
 
-def ratio(times: dict[str, Any], name: str, base: str) -> str:
-    """How many times longer, median over the rounds' steps."""
+def ratio(times: dict[str, Any], name: str, base: str, rounds: int) -> str:
+    """How many times longer a step is: ratio of medians in each round; median, smallest and largest of
+    these.
+    """
     if isinstance(times[name], str) or isinstance(times[base], str):
         return "fails"
-    return f"{statistics.median(times[name]) / statistics.median(times[base]):.2f}"
+    medians = {}
+    for key in (name, base):
+        steps = len(times[key]) // rounds
+        medians[key] = [statistics.median(times[key][i * steps : (i + 1) * steps]) for i in range(rounds)]
+    return spread([a / b for a, b in zip(medians[name], medians[base], strict=True)])
 
 
 def largest_batch(small: tuple[int, float], large: tuple[int, float]) -> int:
@@ -260,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each engine in a round")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--short", action="store_true")
@@ -288,10 +294,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             [
                 f"{name} (batch {case.batch})",
                 f"{step:.1f}",
-                ratio(times, "hooks", "Trainer"),
-                ratio(times, "ghost", "Trainer"),
-                ratio(times, "hooks", "Opacus hooks"),
-                ratio(times, "ghost", "Opacus ghost"),
+                ratio(times, "hooks", "Trainer", args.rounds),
+                ratio(times, "ghost", "Trainer", args.rounds),
+                ratio(times, "hooks", "Opacus hooks", args.rounds),
+                ratio(times, "ghost", "Opacus ghost", args.rounds),
             ]
         )
         if not args.short:
@@ -321,8 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
         rows=time_rows,
         notes=[
-            "CPU time of a whole step, one thread, median over interleaved rounds; ours includes the "
-            "host's loop, Poisson sampling and collating, the Opacus loop gets one ready batch.",
+            "CPU time of a whole step, one thread; ratio of medians within a round, median (smallest - "
+            "largest) over interleaved rounds; ours includes the host's loop, Poisson sampling, collating, "
+            "the Opacus loop gets one ready batch.",
         ],
         details=details,
     )

@@ -123,7 +123,7 @@ def train_once(name: str, arm: str, seed: int, folder: Path, options: argparse.N
         gradient_accumulation_steps=max(1, round(batch / physical)),
         learning_rate=options.learning_rate,
         per_device_eval_batch_size=256,
-        save_steps=20,
+        save_steps=10,
         save_total_limit=1,
         report_to=[],
         seed=seed,
@@ -133,7 +133,7 @@ def train_once(name: str, arm: str, seed: int, folder: Path, options: argparse.N
     test = ImageRecords(*load_images(data_set(data), evaluation))
     trainer = make_trainer(model, arguments, dp, ImageRecords(images, labels), test)
     start = time.process_time()
-    last = sorted((folder / slug).glob("checkpoint-*"))
+    last = sorted((folder / slug).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
     result = {
         "set": name,

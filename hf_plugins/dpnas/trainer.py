@@ -56,11 +56,12 @@ def make_trainer(
     *,
     momentum: float = 0.9,
 ) -> DPTrainer:
-    """A `DPTrainer` with the release's optimizer: SGD with momentum and a constant learning rate.
+    """A `DPTrainer` with the release's optimizer, SGD with momentum; the schedule is the host's.
 
     Args:
         model: The network.
-        args: Arguments of the host; ``learning_rate`` is 2.0 and the expected batch 2,048 in the release.
+        args: Arguments of the host; in the release ``learning_rate`` is 2.0, ``lr_scheduler_type`` constant
+            (the host's default falls to 0) and the expected batch 2,048.
         dp: Privacy options; ``max_grad_norm`` is 0.1 in the release.
         train: Private images.
         evaluation: Images outside the guarantee.
@@ -72,7 +73,6 @@ def make_trainer(
     Source: DPNAS, arXiv 2110.08557, and its release (dp_evaluate): SGD 2.0, momentum 0.9, C = 0.1.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate, momentum=momentum)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
     return DPTrainer(
         model=model,
         args=args,
@@ -81,7 +81,7 @@ def make_trainer(
         eval_dataset=evaluation,
         data_collator=stack_records,
         compute_metrics=accuracy,
-        optimizers=(optimizer, scheduler),
+        optimizers=(optimizer, None),
     )
 
 

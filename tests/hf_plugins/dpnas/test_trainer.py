@@ -1,11 +1,12 @@
 """A DPNASNet trained by `DPTrainer`: the release's optimizer, a finite epsilon, a usable result."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainingArguments, pipeline
+from transformers import TrainerCallback, TrainingArguments, pipeline
 
 from hf_plugins.dp import DPConfig
 from hf_plugins.dp.model import attach
@@ -33,7 +34,8 @@ def test_training_is_charged_and_the_result_is_usable(tmp_path: Path) -> None:
     model = DPNASNetForImageClassification(DPNASNetConfig.preset("mnist"))
     before = model.network.stem[0].weight.detach().clone()
     dp = DPConfig(noise_multiplier=1.0, max_grad_norm=0.1, grad_sample_mode="hooks", seed=1)
-    trainer = make_trainer(model, arguments(tmp_path), dp, records(), records())
+    options = arguments(tmp_path, lr_scheduler_type="constant")
+    trainer = make_trainer(model, options, dp, records(), records())
     trainer.train()
     assert not torch.equal(before, model.network.stem[0].weight)
     assert trainer.ledger.num_steps == 3
@@ -114,6 +116,26 @@ def test_noise_of_a_step_is_the_releases(tmp_path: Path) -> None:
     moved = torch.cat([p.detach().flatten() for p in model.network.cells.parameters()])
     assert float(moved.std()) == pytest.approx(2.0 * 2.15 * 0.1 / 8, rel=0.03)
     assert 2.0 * 2.15 * 0.1 / 2048 == pytest.approx(2.1e-4, rel=1e-3)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 2.0), ("linear", 1.0)])
+def test_schedule_is_the_hosts(tmp_path: Path, schedule: str, last: float) -> None:
+    """``lr_scheduler_type`` is obeyed: the release's constant rate, or half of it after one step of two."""
+    dp = DPConfig(noise_multiplier=1.0, max_grad_norm=0.1, seed=1)
+    options = arguments(tmp_path, max_steps=2, learning_rate=2.0, lr_scheduler_type=schedule)
+    trainer = make_trainer(
+        DPNASNetForImageClassification(DPNASNetConfig.preset("mnist")), options, dp, records()
+    )
+    rates: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: Any) -> None:
+            rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert rates == [2.0, last]
 
 
 def test_accuracy_counts_right_answers() -> None:

@@ -56,13 +56,13 @@ def licence(name: str) -> str:
         found = metadata.metadata(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-    if found.get("License-Expression"):
+    if "License-Expression" in found:
         return found["License-Expression"]
     named = [c.split(" :: ")[-1] for c in found.get_all("Classifier") or [] if c.startswith("License ::")]
     named = [text for text in named if text != "OSI Approved"]
     if named:
         return ", ".join(named)
-    text = (found.get("License") or "").strip()
+    text = (found["License"] if "License" in found else "").strip()
     return text.splitlines()[0][:40] if text else "not stated"
 
 

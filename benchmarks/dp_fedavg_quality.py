@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.dp_fedavg_quality --task mnist`` runs what is not yet done (an interrupted benchmark
 goes on) and writes table and plot. Each method's own setting (S, lambda, keep, mu) is the best of a small
-grid on a seed that is not reported: every S with each value of the method's own option. Controls: LUS with a
-random mask, and FedAvg without clipping and noise.
+grid on a seed that is not reported, as many settings for each method. Controls: LUS with a random mask, and
+FedAvg without clipping and noise.
 """
 
 import argparse
@@ -50,11 +50,12 @@ class Setting:
     local: dict[str, Any]
     norms: tuple[float, ...]
     sample_rate: float
+    plain_norms: tuple[float, ...]
     group_size: int = 1
     epsilon: float = 4.0
-    strengths: tuple[float, ...] = (4.0,)
-    keeps: tuple[float, ...] = (0.1,)
-    proximal: tuple[float, ...] = (1.0,)
+    strengths: tuple[float, ...] = (1.0, 4.0)
+    keeps: tuple[float, ...] = (0.1, 0.5)
+    proximal: tuple[float, ...] = (0.25, 1.0)
 
 
 def setting(task: str) -> Setting:
@@ -73,6 +74,7 @@ def setting(task: str) -> Setting:
             },
             local={"learning_rate": 0.2, "num_epochs": 5, "batch_size": 20},
             norms=(0.3, 0.9),
+            plain_norms=(0.3, 0.6, 0.9, 1.5),
             sample_rate=0.1,
             group_size=25,
         )
@@ -89,9 +91,11 @@ def setting(task: str) -> Setting:
             },
             local={"learning_rate": 2.0, "num_epochs": 3, "batch_size": 16},
             norms=(0.3, 1.0),
+            plain_norms=(0.3, 1.0),
             sample_rate=0.3,
             # Steps of gradient descent on the penalty diverge above 2 / learning rate.
             strengths=(0.4,),
+            keeps=(0.5,),
             proximal=(0.1,),
         )
     return Setting(
@@ -106,9 +110,11 @@ def setting(task: str) -> Setting:
         },
         local={"learning_rate": 4.0, "num_epochs": 5, "batch_size": 10},
         norms=(0.3, 1.0),
+        plain_norms=(0.3, 1.0),
         sample_rate=0.1,
         group_size=25,
         strengths=(0.2,),
+        keeps=(0.5,),
         proximal=(0.05,),
     )
 
@@ -255,15 +261,15 @@ def choose(task: Task, name: str, base: Setting) -> dict[str, dict[str, float]]:
         elif method == "DP-FedAvg + LUS":
             extra = [{"keep_ratio": keep} for keep in base.keeps]
         elif method == "DP-FedAvg + BLUR + LUS":
-            keep = picked["DP-FedAvg + LUS"]["keep_ratio"]
-            extra = [{"blur": strength, "keep_ratio": keep} for strength in base.strengths]
+            strength = picked["DP-FedAvg + BLUR"]["blur"]
+            extra = [{"blur": strength, "keep_ratio": keep} for keep in base.keeps]
         tried = [
             (
                 one_run(task, name, base, method, {"clipping_norm": norm, **more}, PILOT_SEED, noise=True),
                 norm,
                 more,
             )
-            for norm in base.norms
+            for norm in (base.norms if extra[0] else base.plain_norms)
             for more in extra
         ]
         _, norm, more = max(tried, key=lambda item: item[0]["accuracy"])
@@ -319,7 +325,7 @@ def report(
         config={
             "run": {**base.run, "data": name, "model": Path(str(base.run["model"])).name},
             "local": base.local,
-            "grid": {k: getattr(base, k) for k in ("norms", "strengths", "keeps", "proximal")},
+            "grid": {k: getattr(base, k) for k in ("norms", "plain_norms", "strengths", "keeps", "proximal")},
         },
         seeds=seeds,
         packages=("dp-accounting",),
@@ -337,8 +343,10 @@ def report(
             f"{guarantee['users']} users, Poisson sampling {base.sample_rate:g}, "
             f"{base.run['num_rounds']} rounds, noise multiplier {guarantee['noise_multiplier']:.3f}, "
             f"delta {guarantee['delta']:.2g}; mean +- standard deviation over seeds. Each method's setting "
-            f"is the best of its grid on seed {PILOT_SEED}: S of {', '.join(map(str, base.norms))}"
-            f"; lambda {_said(base.strengths)}, share kept {_said(base.keeps)}, mu {_said(base.proximal)}. "
+            f"is the best of its grid on seed {PILOT_SEED}: S of {_said(base.norms)} "
+            f"(DP-FedAvg: {_said(base.plain_norms)})"
+            f"; lambda {_said(base.strengths)}, share kept {_said(base.keeps)}, mu {_said(base.proximal)}; both "
+            "together with the lambda that was best alone. Random mask: LUS's setting. "
             "The search is not in epsilon.",
             "Norm before clipping (after LUS) and share of users clipped are means over rounds.",
         ],
@@ -412,6 +420,7 @@ def setting_tiny() -> Setting:
         },
         local={"learning_rate": 0.05, "batch_size": 5},
         norms=(1.0,),
+        plain_norms=(1.0,),
         sample_rate=0.5,
     )
 

@@ -345,8 +345,8 @@ def report(
             f"delta {guarantee['delta']:.2g}; mean +- standard deviation over seeds. Each method's setting "
             f"is the best of its grid on seed {PILOT_SEED}: S of {_said(base.norms)} "
             f"(DP-FedAvg: {_said(base.plain_norms)})"
-            f"; lambda {_said(base.strengths)}, share kept {_said(base.keeps)}, mu {_said(base.proximal)}; both "
-            "together with the lambda that was best alone. Random mask: LUS's setting. "
+            f"; lambda {_said(base.strengths)}, share kept {_said(base.keeps)}, mu {_said(base.proximal)}; "
+            "both together with the lambda that was best alone. Random mask: LUS's setting. "
             "The search is not in epsilon.",
             "Norm before clipping (after LUS) and share of users clipped are means over rounds.",
         ],

@@ -196,6 +196,15 @@ def _noise(base: Setting, num_clients: int) -> float:
     return _calibrated(base.epsilon, base.sample_rate, base.run["num_rounds"], delta)
 
 
+_FIRST: dict[int, torch.Tensor] = {}
+
+
+def _reset(task: Task) -> None:
+    """Put the task's first weights back into its model."""
+    weights = TrainableVector(task.model)
+    weights.write_(_FIRST.setdefault(id(task), weights.read()))
+
+
 def one_run(
     task: Task, name: str, base: Setting, method: str, chosen: dict[str, float], seed: int, *, noise: bool
 ) -> dict[str, Any]:
@@ -212,6 +221,8 @@ def one_run(
         log_private_statistics=True,
         **options(method, chosen),
     )
+    # The resident model holds the weights of the last run that was tested: each run begins at the same ones.
+    _reset(task)
     began, wall = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         engine = private_engine(

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.dp_fedavg_quality --task mnist`` runs what is not yet done (an interrupted benchmark
 goes on) and writes table and plot. Each method's own setting (S, lambda, keep, mu) is the best of a small
-grid on a seed that is not reported: every S with each value of the method's own option. Controls: LUS with a
-random mask, and FedAvg without clipping and noise.
+grid on a seed that is not reported, in which DP-FedAvg has the most settings. Controls: LUS with a random
+mask, and FedAvg without clipping and noise.
 """
 
 import argparse
@@ -50,6 +50,7 @@ class Setting:
     local: dict[str, Any]
     norms: tuple[float, ...]
     sample_rate: float
+    plain_norms: tuple[float, ...]
     group_size: int = 1
     epsilon: float = 4.0
     strengths: tuple[float, ...] = (4.0,)
@@ -73,6 +74,7 @@ def setting(task: str) -> Setting:
             },
             local={"learning_rate": 0.2, "num_epochs": 5, "batch_size": 20},
             norms=(0.3, 0.9),
+            plain_norms=(0.3, 0.6, 0.9, 1.5),
             sample_rate=0.1,
             group_size=25,
         )
@@ -89,9 +91,11 @@ def setting(task: str) -> Setting:
             },
             local={"learning_rate": 2.0, "num_epochs": 3, "batch_size": 16},
             norms=(0.3, 1.0),
+            plain_norms=(0.3, 1.0),
             sample_rate=0.3,
             # Steps of gradient descent on the penalty diverge above 2 / learning rate.
             strengths=(0.4,),
+            keeps=(0.5,),
             proximal=(0.1,),
         )
     return Setting(
@@ -106,9 +110,11 @@ def setting(task: str) -> Setting:
         },
         local={"learning_rate": 4.0, "num_epochs": 5, "batch_size": 10},
         norms=(0.3, 1.0),
+        plain_norms=(0.3, 1.0),
         sample_rate=0.1,
         group_size=25,
         strengths=(0.2,),
+        keeps=(0.5,),
         proximal=(0.05,),
     )
 
@@ -190,6 +196,15 @@ def _noise(base: Setting, num_clients: int) -> float:
     return _calibrated(base.epsilon, base.sample_rate, base.run["num_rounds"], delta)
 
 
+_FIRST: dict[int, torch.Tensor] = {}
+
+
+def _reset(task: Task) -> None:
+    """Put the task's first weights back into its model."""
+    weights = TrainableVector(task.model)
+    weights.write_(_FIRST.setdefault(id(task), weights.read()))
+
+
 def one_run(
     task: Task, name: str, base: Setting, method: str, chosen: dict[str, float], seed: int, *, noise: bool
 ) -> dict[str, Any]:
@@ -206,6 +221,8 @@ def one_run(
         log_private_statistics=True,
         **options(method, chosen),
     )
+    # The resident model holds the weights of the last run that was tested: each run begins at the same ones.
+    _reset(task)
     began, wall = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         engine = private_engine(
@@ -255,15 +272,15 @@ def choose(task: Task, name: str, base: Setting) -> dict[str, dict[str, float]]:
         elif method == "DP-FedAvg + LUS":
             extra = [{"keep_ratio": keep} for keep in base.keeps]
         elif method == "DP-FedAvg + BLUR + LUS":
-            keep = picked["DP-FedAvg + LUS"]["keep_ratio"]
-            extra = [{"blur": strength, "keep_ratio": keep} for strength in base.strengths]
+            strength = picked["DP-FedAvg + BLUR"]["blur"]
+            extra = [{"blur": strength, "keep_ratio": keep} for keep in base.keeps]
         tried = [
             (
                 one_run(task, name, base, method, {"clipping_norm": norm, **more}, PILOT_SEED, noise=True),
                 norm,
                 more,
             )
-            for norm in base.norms
+            for norm in (base.norms if extra[0] else base.plain_norms)
             for more in extra
         ]
         _, norm, more = max(tried, key=lambda item: item[0]["accuracy"])
@@ -319,7 +336,7 @@ def report(
         config={
             "run": {**base.run, "data": name, "model": Path(str(base.run["model"])).name},
             "local": base.local,
-            "grid": {k: getattr(base, k) for k in ("norms", "strengths", "keeps", "proximal")},
+            "grid": {k: getattr(base, k) for k in ("norms", "plain_norms", "strengths", "keeps", "proximal")},
         },
         seeds=seeds,
         packages=("dp-accounting",),
@@ -337,8 +354,10 @@ def report(
             f"{guarantee['users']} users, Poisson sampling {base.sample_rate:g}, "
             f"{base.run['num_rounds']} rounds, noise multiplier {guarantee['noise_multiplier']:.3f}, "
             f"delta {guarantee['delta']:.2g}; mean +- standard deviation over seeds. Each method's setting "
-            f"is the best of its grid on seed {PILOT_SEED}: S of {', '.join(map(str, base.norms))}"
-            f"; lambda {_said(base.strengths)}, share kept {_said(base.keeps)}, mu {_said(base.proximal)}. "
+            f"is the best of its grid on seed {PILOT_SEED}: S of {_said(base.norms)} "
+            f"(DP-FedAvg: {_said(base.plain_norms)})"
+            f"; lambda {_said(base.strengths)}, share kept {_said(base.keeps)}, mu {_said(base.proximal)}; "
+            "random mask: LUS's setting. "
             "The search is not in epsilon.",
             "Norm before clipping (after LUS) and share of users clipped are means over rounds.",
         ],
@@ -369,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--pilot-only", action="store_true", help="only choose the settings")
     parser.add_argument(
-        "--short", action="store_true", help="one pilot run on the tiny set in the repository"
+        "--short", action="store_true", help="one run, twice, on the tiny set in the repository"
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -389,14 +408,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _short() -> int:
+    """The same run twice from one task: equal, because the second one begins where the first one began."""
     global WORK
     base = dataclasses.replace(setting_tiny(), epsilon=50.0)
     with tempfile.TemporaryDirectory() as folder:
-        WORK = Path(folder)
         task = build_task(RunConfig(**base.run, output_dir=folder), base.local)
         chosen = {"clipping_norm": 1.0, "blur": 0.4, "keep_ratio": 0.5}
-        done = one_run(task, "tiny", base, METHODS[-1], chosen, 0, noise=True)
-    print(json.dumps({"accuracy": done["accuracy"], **done["report"]}))
+        done = []
+        for part in ("first", "second"):
+            WORK = Path(folder) / part
+            done.append(one_run(task, "tiny", base, METHODS[-1], chosen, 0, noise=True))
+    if done[0]["accuracy"] != done[1]["accuracy"]:
+        raise RuntimeError(f"one seed gave {done[0]['accuracy']} and then {done[1]['accuracy']}")
+    print(json.dumps({"accuracy": done[0]["accuracy"], **done[0]["report"]}))
     return 0
 
 
@@ -412,6 +436,7 @@ def setting_tiny() -> Setting:
         },
         local={"learning_rate": 0.05, "batch_size": 5},
         norms=(1.0,),
+        plain_norms=(1.0,),
         sample_rate=0.5,
     )
 

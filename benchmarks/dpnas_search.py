@@ -43,7 +43,7 @@ def search_options(strategy: str, seed: int, options: argparse.Namespace) -> DPN
     more = round(rewards * options.batch / held) if strategy == "random" else 0
     return DPNASSearchConfig(
         shape="mnist",
-        strategy=strategy,  # type: ignore[arg-type]
+        strategy=strategy,
         num_steps=options.steps,
         warmup_steps=options.warmup,
         reward_split=options.reward_split,

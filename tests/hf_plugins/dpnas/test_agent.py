@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_plugins.dpnas import agent
 from hf_plugins.dpnas.agent import DPNASSearch, search
 from hf_plugins.dpnas.config import DPNASSearchConfig
 from hf_plugins.dpnas.genotypes import Genotype
+from hf_plugins.dpnas.path_step import clipped_gradient_sum, poisson_batch
 
 
 def data(num: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,6 +52,40 @@ def test_account_counts_every_release(tmp_path: Path) -> None:
     assert [entry["step"] for entry in result.journal] == [2, 3, 4]
     assert result.genotype == result.candidates[0][0]
     assert result.candidates[0][1] >= result.candidates[1][1]
+
+
+def test_a_weight_step_divides_by_the_expected_batch() -> None:
+    """Without noise, momentum and decay a step is ``- lr * clipped sum / (rate * records)`` = ``/ 2.4``,
+    whatever number of records was drawn: that number is private.
+    """
+    task = DPNASSearch(
+        options(noise_multiplier=0.0, momentum=0.0, weight_decay=0.0, learning_rate=1.0), *data()
+    )
+    copy = torch.Generator()
+    copy.set_state(task.generator.get_state())
+    cell = task.controller.propose(copy, uniform=True).genotype
+    batch = poisson_batch(24, 0.1, copy)
+    assert len(batch) > 0
+    images, labels = task.weight_data
+    total, _ = clipped_gradient_sum(
+        task.supernet.network(cell), images[batch], labels[batch], max_grad_norm=1.0
+    )
+    before = {name: p.detach().clone() for name, p in task.supernet.network(cell).named_parameters()}
+    task.train_weights()
+    for name, parameter in task.supernet.network(cell).named_parameters():
+        torch.testing.assert_close(parameter, before[name] - total[name] / 2.4, atol=1e-6, rtol=1e-5)
+
+
+def test_a_reward_divides_by_the_expected_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 reward records at rate 0.2: right answers over 3.2, whatever number was drawn."""
+    task = DPNASSearch(options(), *data())
+    divisors: list[float] = []
+    monkeypatch.setattr(
+        agent, "noisy_accuracy", lambda *args, expected_size, **kwargs: divisors.append(expected_size) or 0.0
+    )
+    task.train_controller()
+    task.train_controller()
+    assert divisors == pytest.approx([3.2, 3.2])
 
 
 def test_result_file_holds_the_cell_and_the_options(tmp_path: Path) -> None:

@@ -536,6 +536,7 @@ def sft(seeds: Sequence[int], count: int, steps: int) -> None:
         ]
         context = OpContext(clients={"default": ScriptedChat(scorer(dirty))})
         processed = run_ops(rows, [make_op(op) for op in ops], context)
+        without_rule = run_ops(rows, [make_op(op) for op in ops[:-1]], OpContext())
         before = Dataset.from_list(
             [r | {"instruction": None, "history": [], "source": "x"} for r in clean], features=DIALOGUE
         )
@@ -550,7 +551,8 @@ def sft(seeds: Sequence[int], count: int, steps: int) -> None:
         for name, data in (
             ("raw with planted defects", rows),
             ("processed", processed),
-            ("before planting (ceiling)", before),
+            ("processed, no quality score", without_rule),
+            ("before planting", before),
         ):
             folder = trainer.train_sft(base, data, WORK / "models", options, seed=seed)
             path = Path(folder) / "heldout.json"

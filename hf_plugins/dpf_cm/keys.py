@@ -84,8 +84,8 @@ def best_match(queries_BH: Tensor, keys_NH: Tensor) -> tuple[Tensor, Tensor]:
         size = len(queries_BH)
         return torch.full((size,), -math.inf), torch.full((size,), -1, dtype=torch.long)
     queries = queries_BH.to(keys_NH.device, keys_NH.dtype)
-    # One prompt is a matrix-vector product: bound by memory, so half precision halves its time, which it does
-    # not for the product with a matrix of one column.
+    # One prompt is a matrix-vector product: bound by memory, so half precision pays, which it does not in the
+    # product with a matrix of one column.
     cosines_NB = (keys_NH @ queries[0])[:, None] if len(queries) == 1 else keys_NH @ queries.T
     cosines, indices = cosines_NB.float().max(0)
     return cosines, indices

@@ -252,7 +252,9 @@ def test_keys_that_cannot_work_end_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no key in .*; make one with .*mmhf dpf-cm ppvd key"):
         make(ppvd=sealed, key_file="k")
     (tmp_path / "k").write_bytes(b"short")
-    with pytest.raises(ValueError, match="holds 5.* bytes, not 32; make one with"):
+    with pytest.raises(
+        ValueError, match="holds 5 .*bytes, not 32; make one with .*mmhf dpf-cm ppvd key FILE"
+    ):
         make(ppvd=sealed, key_file="k")
     with pytest.raises(ValueError, match="lies in work_dir, .* keep it in another place"):
         make(ppvd=sealed, key_file="o/k")

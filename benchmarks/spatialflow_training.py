@@ -31,7 +31,7 @@ VALIDATION = {
     "nuclei": ("panoptic_val.json", "panoptic/val/"),
     "coco": ("annotations/panoptic_train2017.json", "annotations/panoptic_train2017/"),
 }
-EPOCHS = {"nuclei": 20, "coco": 400}
+EPOCHS = {"nuclei": 10, "coco": 400}
 ALL = ("cls", "stuff", "mask", "stuff_mask")
 ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     "nuclei": {

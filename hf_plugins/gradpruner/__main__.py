@@ -33,7 +33,7 @@ from hf_plugins.gradpruner.storage import (
     write_json,
 )
 from hf_plugins.gradpruner.trainer import calibration_batches, collect, finetune, load_model, model_folder
-from hf_plugins.recipes import read_recipe
+from hf_plugins.recipes import check_weights, read_recipe
 
 COMMANDS = {
     "score": "train LoRA for a few steps and write layer scores and the plan into --output_dir",
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             words += ["--bf16", "false"]
         run, config, args = options.parse_args_and_config(words[1:])
         run = replace(run, model=model_folder(run.model))
+        if Path(run.model).is_dir():
+            check_weights(run.model)
         return {"score": _score, "apply": _apply, "run": _run}[command](run, config, args)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

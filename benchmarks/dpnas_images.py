@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -163,7 +164,7 @@ def summary(values: Sequence[float]) -> str:
     return mean if len(values) < 2 else f"{mean} +/- {100 * statistics.stdev(values):.2f}"
 
 
-def report(folder: Path) -> None:
+def report(folder: Path, command: str) -> None:
     """The result file from every finished run."""
     groups: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -192,7 +193,7 @@ def report(folder: Path) -> None:
         )
     write_result(
         "dpnas_images",
-        command="python -m benchmarks.dpnas_images (the paper's length; settings of each row: in the file)",
+        command=command,
         config={"settings": [runs[0]["settings"] for runs in ranked], "max_grad_norm": 0.1, "delta": 1e-5},
         seeds=sorted({run["seed"] for runs in ranked for run in runs}),
         packages=("transformers", "opacus", "dp-accounting"),
@@ -252,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = {key: run[key] for key in ("set", "arm", "seed", "steps", "epsilon", "accuracy", "minutes")}
         print(json.dumps(shown), flush=True)
     if not options.short:
-        report(options.work_dir)
+        words = [*(sys.argv[1:] if argv is None else argv)]
+        report(options.work_dir, shlex.join(["python", "-m", "benchmarks.dpnas_images", *words]))
     return 0
 
 

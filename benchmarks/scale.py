@@ -146,7 +146,7 @@ def dp_fedavg(clients: int) -> Work:
     """Five rounds of 10 of so many clients, BLUR and LUS on."""
     from benchmarks.dp_fedavg import in_process
 
-    return lambda: in_process(clients, 5, 1)
+    return lambda: in_process(clients, 5, "engine")
 
 
 def hpn(clients: int) -> Work:

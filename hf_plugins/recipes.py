@@ -1,5 +1,6 @@
 """What a user hands to a command line, read with errors that say what is wrong where: recipes, weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,4 +66,22 @@ def check_weights(folder: str | Path) -> None:
         raise ValueError(
             f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read. "
             "Load the model where you trust it and save it again: save_pretrained writes safetensors."
+        )
+
+
+def check_shard_names(folder: str | Path, names: Iterable[str]) -> None:
+    """Refuse an index of shards that names a file outside of its folder.
+
+    Args:
+        folder: Folder of the checkpoint, for the message.
+        names: File names of the index's ``weight_map``.
+
+    Raises:
+        ValueError: If one is more than a file name.
+    """
+    outside = sorted(name for name in set(names) if Path(name).name != name)
+    if outside:
+        raise ValueError(
+            f"the index of {folder} names {outside[0]!r}, which is not a file of that folder. Do not "
+            "trust this checkpoint; if you moved its shards yourself, put them beside the index."
         )

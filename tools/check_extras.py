@@ -137,8 +137,10 @@ def check(name: str, job: Job, wheel: Path, folder: Path) -> str:
 def main(argv: Sequence[str]) -> int:
     """Build the wheel, check every extra, print a line for each; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("extras", nargs="*", choices=[*FIRST_STEPS, []], help="default: all")
+    parser.add_argument("extras", nargs="*", help=f"of {' '.join(FIRST_STEPS)}; default: all")
     args = parser.parse_args(argv)
+    if unknown := sorted(set(args.extras) - set(FIRST_STEPS)):
+        parser.error(f"unknown {', '.join(unknown)}; choose from {' '.join(FIRST_STEPS)}.")
     folder = ROOT / "work_dirs" / "extras"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.whl"):

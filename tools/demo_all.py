@@ -253,8 +253,8 @@ STOPS = (
         room="hf_plugins/autodp",
         title="An agent searches how to process spoilt rows",
         commands=("mmhf autodp demo --out OUT",),
-        figure=r"([\s\S]+)",
-        says="The search and the strategy that it chose:",
+        figure=r"chosen: (\S+) \(([+-][\d.]+)",
+        says="Strategy {0}, score {1} on the test questions against the raw rows.",
         picture=printed_lines(r"strategy|chosen|loss|baseline"),
     ),
 )

@@ -17,6 +17,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tools.make_docs import markdown_table  # noqa: E402
+from tools.oldest import normal  # noqa: E402
 
 PAGE = ROOT / "docs" / "versions.md"
 HEAD = """# Versions and licences
@@ -77,8 +78,7 @@ def page(setup_cfg: str, oldest: Mapping[str, str]) -> str:
     for extra, needs in allowed(setup_cfg).items():
         rows = []
         for name, bounds in needs:
-            key = re.sub(r"[-_.]+", "-", name).lower()
-            lowest = "-" if extra in ("mm", "dev") else oldest.get(key, "-")
+            lowest = "-" if extra in ("mm", "dev") else oldest.get(normal(name), "-")
             rows.append([name, bounds, installed(name), lowest, licence(name)])
         table = markdown_table(["package", "allowed", "tested", "oldest", "licence"], rows)
         parts.append(f"## `{extra}`\n\n{table}\n")

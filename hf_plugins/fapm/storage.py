@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_plugins.recipes import check_shard_names
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -128,12 +130,7 @@ def shard_paths(folder: Path) -> list[Path]:
     """
     if (folder / INDEX).is_file():
         names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        outside = sorted(name for name in set(names) if Path(name).name != name)
-        if outside:
-            raise ValueError(
-                f"the index of {folder} names {outside[0]!r}, which is not a file of that folder. Do not "
-                "trust this checkpoint; if you moved its shards yourself, put them beside the index."
-            )
+        check_shard_names(folder, names)
         paths = [folder / name for name in sorted(set(names))]
     else:
         paths = [folder / name for name in (SINGLE, ADAPTER) if (folder / name).is_file()][:1]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_plugins.decoder_layers import find_decoder_layers
+from hf_plugins.recipes import check_shard_names
 from hf_plugins.tee_split.split import (
     Side,
     SkippedLayer,
@@ -318,12 +319,7 @@ def _index(folder: Path) -> dict[str, Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file)
-        if outside:
-            raise ValueError(
-                f"the index of {folder} names {outside[0]!r}, which is not a file of that folder. Do not "
-                "trust this checkpoint; if you moved its shards yourself, put them beside the index."
-            )
+        check_shard_names(folder, weight_map.values())
         return {name: folder / file for name, file in weight_map.items()}
     if not single.is_file():
         raise FileNotFoundError(

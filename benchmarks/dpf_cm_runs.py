@@ -303,8 +303,8 @@ def denoise(seeds: Sequence[int], limit: int, steps: int) -> None:
         columns=["score", "AUC of flips", "flips among the lowest tenth", "flips found in the lowest fifth"],
         rows=rows,
         notes=[
-            f"{len(_pairs(limit))} real pairs (Chinese and English; those that fit into 512 tokens whole), one "
-            "fifth flipped by hand: chance is 0.5, 0.2 and 0.2. Reward models: 2 layers, width 96, fresh "
+            f"{len(_pairs(limit))} real pairs (Chinese and English; those that fit whole into 512 tokens), "
+            "one fifth flipped by hand: chance is 0.5, 0.2 and 0.2. Reward models: 2 layers, width 96, fresh "
             f"weights, {steps} steps of 16. Mean (range) over seeds.",
         ],
         details=collected,

@@ -164,7 +164,18 @@ def summary(values: Sequence[float]) -> str:
     return mean if len(values) < 2 else f"{mean} +/- {100 * statistics.stdev(values):.2f}"
 
 
-def report(folder: Path, command: str) -> None:
+def command_of(run: dict, seeds: Sequence[int]) -> str:
+    """The command line that repeats runs of one set and settings."""
+    given = run["settings"]
+    words = ["python", "-m", "benchmarks.dpnas_images", "--sets", run["set"]]
+    words += ["--epochs", f"{given['epochs']:g}", "--batch", str(given["batch"]), "--seeds", *map(str, seeds)]
+    words += ["--learning-rate", f"{given['learning_rate']:g}"] if given["learning_rate"] != 2.0 else []
+    words += ["--limit", str(given["limit"])] if given["limit"] else []
+    words += ["--epsilon", f"{given['epsilon']:g}"] if given["epsilon"] != 3.0 else []
+    return shlex.join(words)
+
+
+def report(folder: Path) -> None:
     """The result file from every finished run."""
     groups: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -193,7 +204,9 @@ def report(folder: Path, command: str) -> None:
         )
     write_result(
         "dpnas_images",
-        command=command,
+        command="; ".join(
+            dict.fromkeys(command_of(runs[0], sorted({run["seed"] for run in runs})) for runs in ranked)
+        ),
         config={"settings": [runs[0]["settings"] for runs in ranked], "max_grad_norm": 0.1, "delta": 1e-5},
         seeds=sorted({run["seed"] for runs in ranked for run in runs}),
         packages=("transformers", "opacus", "dp-accounting"),
@@ -253,8 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = {key: run[key] for key in ("set", "arm", "seed", "steps", "epsilon", "accuracy", "minutes")}
         print(json.dumps(shown), flush=True)
     if not options.short:
-        words = [*(sys.argv[1:] if argv is None else argv)]
-        report(options.work_dir, shlex.join(["python", "-m", "benchmarks.dpnas_images", *words]))
+        report(options.work_dir)
     return 0
 
 

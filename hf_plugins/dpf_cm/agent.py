@@ -17,7 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_plugins import recipes
 from hf_plugins.data_ops.chat import ChatClient, TransformersChat, make_client
 from hf_plugins.data_ops.llm_ops import LlmQualityScoreFilter
-from hf_plugins.data_ops.op import ROW_ID, DataOp, Ledger, OpContext, content_key, digest, make_op, run_ops
+from hf_plugins.data_ops.op import (
+    ROW_ID,
+    DataOp,
+    Ledger,
+    OpContext,
+    canonical,
+    content_key,
+    digest,
+    make_op,
+    run_ops,
+)
+from hf_plugins.data_ops.perplexity import model_hash
 from hf_plugins.data_ops.preference import (
     PreferenceDenoiseFilter,
     PreferenceVoteMapper,
@@ -409,14 +420,19 @@ class Pipeline:
         column = "text" if "text" in benign_rows.column_names else "question"
         known = {sample.prompt for sample in samples}
         benign = [text for text in benign_rows[column] if text not in known]
-        home = self.work / "ppvd"
+        # Named after what it is made of: other weights, samples or options make another guard, and the one
+        # that samples were erased from is found again.
+        made_of = [
+            model_hash(str(folder)),
+            canonical(dataclasses.asdict(self.guard_options)),
+            *(sample.id for sample in risky),
+            content_key(benign_rows),
+            str(self.recipe.safe_reply),
+        ]
+        home = self.work / "ppvd" / digest(*made_of)[:12]
+        summary["guard"] = str(home)
         if (home / "ppvd.json").is_file():
             guard = PrivacyPreservingVectorDB.open(home, model, tokenizer, key=self._key)
-            if guard.config != self.guard_options:
-                raise ValueError(
-                    f"the guard in {home} was built with other options than the recipe's ppvd; move that "
-                    "folder away to build it anew."
-                )
         else:
             guard = PrivacyPreservingVectorDB.build(
                 model,

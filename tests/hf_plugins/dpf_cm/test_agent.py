@@ -226,16 +226,21 @@ def test_sealed_guard_of_a_recipe(tmp_path: Path) -> None:
     assert first["num_memorised"] == len(PRIVATE)
     assert first["leakage"]["attacks"][0]["rouge_after"] < 0.5
     width = model().config.hidden_size
-    assert open_store("numpy", tmp_path / "out" / "ppvd" / "store").load().vectors.shape[1] != width
+    assert open_store("numpy", Path(first["guard"]) / "store").load().vectors.shape[1] != width
     # Keys of one text are equal to rounding; the curve between them is not compared.
     again = run()
     assert again["leakage"]["attacks"] == first["leakage"]["attacks"]
-    assert again["calibration"] == first["calibration"]
+    assert again["calibration"] == pytest.approx(first["calibration"], abs=1e-5)
     (tmp_path / "other.key").write_bytes(b"1" * 32)
     with pytest.raises(ValueError, match="give the key it was written with"):
         run(key_file="other.key")
-    with pytest.raises(ValueError, match="with other options than the recipe's ppvd; move that folder away"):
-        run(ppvd=values["ppvd"] | {"max_fpr": 0.2})
+    # Other options or data make another guard beside this one.
+    assert again["guard"] == first["guard"]
+    other = run(ppvd=values["ppvd"] | {"max_fpr": 0.2})
+    write("private.jsonl", [{"question": s.prompt, "answer": s.answer} for s in PRIVATE[1:]])
+    fewer = run()
+    assert len({first["guard"], other["guard"], fewer["guard"]}) == 3
+    assert fewer["num_memorised"] == len(PRIVATE) - 1
 
 
 def test_keys_that_cannot_work_end_before_any_work(tmp_path: Path) -> None:

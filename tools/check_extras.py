@@ -92,6 +92,16 @@ FIRST_STEPS = {
             "assert len(op.run(rows, OpContext())) == 2\n"
         ),
     ),
+    "hf,data,pii": Job(
+        extras="hf,data,pii",
+        code=(
+            "from datasets import Dataset\n"
+            "from hf_plugins.data_ops import OpContext, make_op\n"
+            "rows = Dataset.from_dict({'text': ['card 4111 1111 1111 1111, jane.roe@example.com']})\n"
+            "out = make_op('presidio_redaction_mapper').run(rows, OpContext())['text'][0]\n"
+            "assert out == 'card [CREDIT_CARD_REDACTED], [EMAIL_ADDRESS_REDACTED]', out\n"
+        ),
+    ),
     "hf,tee": Job(
         extras="hf,tee",
         code="from hf_plugins.cli import main; assert main(['tee-split', 'demo']) == 0\n",

@@ -29,6 +29,8 @@ Tested: what the tests of this state ran with. Oldest: the lowest versions withi
 together; `make test-oldest` ran the Hugging Face side's tests with them. mmdet, mmseg and mmcv have one
 version each.
 """
+# What `make install` leaves out (test-extras installs it), as its metadata say.
+ELSEWHERE = {"presidio-analyzer": "MIT", "spacy": "MIT", "tldextract": "BSD-3-Clause"}
 NEED = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^\]]*\])?(?P<range>.*)")
 
 
@@ -44,11 +46,12 @@ def allowed(setup_cfg: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def installed(name: str) -> str:
-    """Version found here without its local part, or ``not installed``."""
+    """Version found here without its local part; of an extra outside of ``make install`` the locked one."""
     try:
         return metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError:
-        return "not installed"
+        locked = (ROOT / "requirements" / "lock.txt").read_text(encoding="utf-8")
+        return oldest_pins(locked).get(normal(name), "not installed")
 
 
 def licence(name: str) -> str:
@@ -56,7 +59,7 @@ def licence(name: str) -> str:
     try:
         found = metadata.metadata(name)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return ELSEWHERE.get(normal(name), "not installed")
     if "License-Expression" in found:
         return found["License-Expression"]
     named = [c.split(" :: ")[-1] for c in found.get_all("Classifier") or [] if c.startswith("License ::")]
@@ -69,7 +72,7 @@ def licence(name: str) -> str:
 
 def oldest_pins(text: str) -> dict[str, str]:
     """Package to version of a pins file."""
-    return dict(line.split("==") for line in text.split() if "==" in line)
+    return {normal(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.M)}
 
 
 def page(setup_cfg: str, oldest: Mapping[str, str]) -> str:

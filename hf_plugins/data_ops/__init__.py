@@ -46,6 +46,7 @@ from hf_plugins.data_ops import (
     minhash,
     perplexity,
     preference,
+    presidio,
 )
 from hf_plugins.data_ops.answers import Answer, AnswerError, AnswerSchema, Field, ask
 from hf_plugins.data_ops.chat import (
@@ -107,6 +108,7 @@ __all__ = [
     "operators",
     "perplexity",
     "preference",
+    "presidio",
     "register",
     "run_ops",
     "select_rows",

@@ -186,6 +186,7 @@ def paper_index(folder: Path) -> Names:
 
 
 WORLDS: dict[str, Callable[[Path], Names]] = {
+    "README.md": dp,
     "docs/paper_index.md": paper_index,
     "hf_plugins/autodp/README.md": autodp,
     "hf_plugins/dp/README.md": dp,

@@ -52,8 +52,13 @@ RATES = {
 SETS = {
     "en": ("medquad", "train.jsonl.gz", "question", "answer", 500),
     "zh": ("zh_medical", "huatuo_kg.jsonl.gz", "instruction", "output", 160),
+    "alpaca": ("instruction_demo", "alpaca_zh.jsonl.gz", "instruction", "output", 350),
 }
-NAMES = {"en": "MedQuAD (English)", "zh": "Huatuo knowledge graph (Chinese)"}
+NAMES = {
+    "en": "MedQuAD (English)",
+    "zh": "Huatuo knowledge graph (Chinese)",
+    "alpaca": "Alpaca demo (Chinese instructions)",
+}
 SEEDS = (0, 1, 2)
 SEARCHES = ("exhaustive", "random", "mcts", "agent", "halving", "hybrid")
 # Strategies of the rank correlation: each step alone, and pairs and longer ones that differ in kind.

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,28 +10,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hf_plugins.rounds.storage import replacing, write_atomically
+
 Figures = dict[int, tuple[float, int]]
 """Client to (figure, records behind it)."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside and rename, so that readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    """Write JSON so that readers see the old file or the new one."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain values beside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with replacing(path) as file:
         torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

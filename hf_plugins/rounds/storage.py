@@ -1,10 +1,11 @@
 """Checkpoints of a run: one file, written beside and renamed; a kill leaves the old one or the new one."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -13,15 +14,34 @@ METRICS = "metrics.jsonl"
 _VERSION = 1
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new one, and a power cut keeps one of both."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when it is complete.
+
+    Readers see the old content or the new one, a power cut keeps one of both, and an error (a full disk)
+    leaves the old one alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except RuntimeError as error:
+        # torch.save on a full disk: its archive writer complains of positions, and hides the reason.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file by `replacing`."""
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
@@ -31,13 +51,8 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
         folder: Folder of the run.
         state: What `load_checkpoint` shall give back.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{CHECKPOINT}.part"
-    with part.open("wb") as file:
+    with replacing(folder / CHECKPOINT) as file:
         torch.save({"version": _VERSION, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / CHECKPOINT)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Files of a run: whole or not at all."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,22 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
 def test_half_written_file_is_ignored(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"round_index": 1})
     (tmp_path / "checkpoint.pt.part").write_bytes(b"half")
+    state = load_checkpoint(tmp_path)
+    assert state is not None
+    assert state["round_index"] == 1
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"round_index": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Stands for a full disk; the number of the error is another one.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_checkpoint(tmp_path, {"round_index": 2, "vector": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
     state = load_checkpoint(tmp_path)
     assert state is not None
     assert state["round_index"] == 1

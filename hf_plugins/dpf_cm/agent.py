@@ -70,7 +70,7 @@ class Pipeline:
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.recipe, self.base, self.progress = recipe, Path(base), progress
-        self.work = self.base / recipe.work_dir
+        self.work = (self.base / recipe.work_dir).resolve()
         self.guard_options = PPVDConfig(**recipe.ppvd)
         self._key = self._read_key()
         for stage in ("cpt", "sft", "rm", "dpo"):

@@ -474,7 +474,7 @@ class PrivacyPreservingVectorDB:
 
         Raises:
             FileNotFoundError: If there is none in the folder.
-            ValueError: If the model or the key is another one.
+            ValueError: If the model or the key is another one, or keys are missing from the store.
         """
         folder = Path(folder)
         if not (folder / "ppvd.json").is_file():
@@ -493,11 +493,21 @@ class PrivacyPreservingVectorDB:
         guard = cls(
             reader, config, _store(config, folder, place, key), whitening, tensors["benign"], secret, folder
         )
+        # An emptied or misplaced store would guard nothing and say nothing.
+        if len(guard) < meta.get("num_samples", 0):
+            raise ValueError(
+                f"the guard in {folder} was saved with {meta['num_samples']} samples, and its store holds "
+                f"{len(guard)}: keys are missing. Bring the store back, or build the guard anew."
+            )
         guard.calibration = guard._calibrated(guard._rows)
         return guard
 
-    def save(self) -> None:
-        """Write the description beside the keys; nothing is written for a guard in memory."""
+    def save(self, *, num_samples: int | None = None) -> None:
+        """Write the description beside the keys; nothing is written for a guard in memory.
+
+        Args:
+            num_samples: How many samples `open` shall find at least; as many as there are by default.
+        """
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -518,6 +528,7 @@ class PrivacyPreservingVectorDB:
             "config": dataclasses.asdict(self.config),
             "model": self.reader.fingerprint(),
             "layer": self.reader.layer,
+            "num_samples": len(self) if num_samples is None else num_samples,
             "calibration": None if self.calibration is None else self.calibration._asdict(),
             # With a key the secret is derived from it and never stored.
             "salt": "" if self.config.protect != "none" else self._secret.hex(),
@@ -576,6 +587,8 @@ class PrivacyPreservingVectorDB:
         """Erase samples: keys, safe answers and n-grams, in every version on disk; how many samples went."""
         known = [name for name in dict.fromkeys(ids) if name in self._payloads]
         if known:
+            # First, so that a kill in between leaves a guard of more samples than it needs, not a broken one.
+            self.save(num_samples=len(self) - len(known))
             self.store.delete(known)
             self.refresh()
             self.calibration = self._calibrated(self._rows)

@@ -251,7 +251,8 @@ class LanceStore:
             raise ImportError(
                 'the lancedb store needs the extra: pip install "mmhf-plugins[data]".'
             ) from error
-        self._db = lancedb.connect(str(uri))
+        # Lance shortens a/../b as text, which leads elsewhere where a is a link.
+        self._db = lancedb.connect(str(uri if "://" in str(uri) else Path(uri).resolve()))
         self._name = table
         self._table: Any = None
 

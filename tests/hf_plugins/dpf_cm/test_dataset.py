@@ -149,7 +149,8 @@ def test_a_row_of_100_megabytes_never_comes_into_memory(tmp_path: Path) -> None:
     ledger = Ledger()
     data = read_sources([{"files": ["big.jsonl"]}], base=tmp_path, ledger=ledger)
     assert len(data) == 1
-    assert "row of 100000031 bytes" in ledger.rows()[0]["reason"]
+    # 29 before the text, two after it, and the end of the line.
+    assert "row of 100000032 bytes" in ledger.rows()[0]["reason"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 

@@ -171,6 +171,15 @@ def test_deleted_rows_are_gone_from_the_disk(kind: str, tmp_path: Path) -> None:
         assert len(table.list_versions()) == 1
 
 
+def test_lance_follows_links_as_the_system_does(tmp_path: Path) -> None:
+    """``link/../keys`` lies beside the link's target; Lance alone would look beside the link."""
+    (tmp_path / "real" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "inner")
+    LanceStore(tmp_path / "link" / ".." / "keys").add(rows(np.eye(4), blob=b"x"))
+    assert (tmp_path / "real" / "keys").is_dir()
+    assert len(LanceStore(tmp_path / "real" / "keys")) == 4
+
+
 @pytest.mark.parametrize("kind", ["sealed numpy", "sealed lancedb"])
 def test_sealed_files_say_nothing(kind: str, tmp_path: Path) -> None:
     store = make(kind, tmp_path)

@@ -9,6 +9,7 @@ mask, and FedAvg without clipping and noise.
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import statistics
 import sys
@@ -66,17 +67,20 @@ def setting(task: str) -> Setting:
                 "task": "images",
                 "data": str(data_set("mnist")),
                 "model": "mlp",
-                "num_clients": 500,
+                "num_clients": 1000,
                 "alpha": 0.1,
-                "num_rounds": 15,
+                "num_rounds": 25,
                 "max_records": 60,
                 "max_test_records": 2000,
             },
             local={"learning_rate": 0.2, "num_epochs": 5, "batch_size": 20},
-            norms=(0.3, 0.9),
-            plain_norms=(0.3, 0.6, 0.9, 1.5),
+            norms=(0.3, 0.6, 0.9, 1.5),
+            plain_norms=(0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0),
             sample_rate=0.1,
             group_size=25,
+            strengths=(0.4, 1.0, 4.0),
+            keeps=(0.3, 0.6, 0.9),
+            proximal=(0.01, 0.1, 1.0),
         )
     if task == "shakespeare":
         return Setting(
@@ -205,13 +209,19 @@ def _reset(task: Task) -> None:
     weights.write_(_FIRST.setdefault(id(task), weights.read()))
 
 
+def _folder(name: str, base: Setting) -> Path:
+    """Where runs of this task are kept: under what all of them share, so that another setting starts anew."""
+    shared = [base.run, base.local, base.sample_rate, base.epsilon]
+    return WORK / name / hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def one_run(
     task: Task, name: str, base: Setting, method: str, chosen: dict[str, float], seed: int, *, noise: bool
 ) -> dict[str, Any]:
     """Train once, or read what an earlier call has trained."""
     key = "_".join(f"{k}{v:g}" for k, v in sorted(chosen.items()))
     label = method.replace(" ", "").replace("+", "_")
-    path = WORK / name / f"{label}_{key}_{'dp' if noise else 'plain'}_{seed}.json"
+    path = _folder(name, base) / f"{label}_{key}_{'dp' if noise else 'plain'}_{seed}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     dp = DPFedAvgConfig(
@@ -363,7 +373,7 @@ def report(
         ],
         details={
             "runs": {m: [r[-1] for r in h] for m, h in runs.items()},
-            "pilot": _pilots(name),
+            "pilot": _pilots(_folder(name, base)),
         },
     )
     plot_rounds(runs, ROOT / "docs" / "results" / f"dp_fedavg_{name}.svg", title=name)
@@ -373,9 +383,9 @@ def _said(values: Sequence[float]) -> str:
     return " or ".join(f"{value:g}" for value in values)
 
 
-def _pilots(name: str) -> dict[str, float]:
+def _pilots(folder: Path) -> dict[str, float]:
     """Accuracy of every setting that was tried on the pilot seed."""
-    found = [json.loads(path.read_text()) for path in sorted((WORK / name).glob(f"*_{PILOT_SEED}.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*_{PILOT_SEED}.json"))]
     return {f"{one['method']} {one['chosen']}": one["accuracy"] for one in found}
 
 

@@ -109,17 +109,18 @@ def setting(task: str) -> Setting:
             "model": str(minilm()),
             "num_clients": 1000,
             "alpha": 0.1,
-            "num_rounds": 10,
+            "num_rounds": 30,
             "max_length": 32,
         },
         local={"learning_rate": 4.0, "num_epochs": 5, "batch_size": 10},
-        norms=(0.3, 1.0),
-        plain_norms=(0.3, 1.0),
+        norms=(0.3, 0.6, 1.0, 2.0),
+        plain_norms=(0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0),
         sample_rate=0.1,
         group_size=25,
-        strengths=(0.2,),
-        keeps=(0.5,),
-        proximal=(0.05,),
+        # Below 2 / learning rate, as above.
+        strengths=(0.02, 0.1, 0.4),
+        keeps=(0.3, 0.6, 0.9),
+        proximal=(0.005, 0.02, 0.1),
     )
 
 

@@ -113,8 +113,8 @@ def setting(task: str) -> Setting:
             "max_length": 32,
         },
         local={"learning_rate": 4.0, "num_epochs": 5, "batch_size": 10},
-        norms=(0.3, 0.6, 1.0, 2.0),
-        plain_norms=(0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0),
+        norms=(0.6, 1.0, 2.0, 4.0),
+        plain_norms=(0.3, 0.6, 0.8, 1.0, 1.4, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0),
         sample_rate=0.1,
         group_size=25,
         # Below 2 / learning rate, as above.

@@ -62,6 +62,11 @@ def _run(args: argparse.Namespace) -> int:
     for stage, value in results.items():
         brief = {k: v for k, v in value.items() if k != "leakage"} if isinstance(value, dict) else value
         print(f"{stage}: {brief}")
+        for attack in value.get("leakage", {}).get("attacks", ()) if isinstance(value, dict) else ():
+            print(
+                f"  {attack['attack']}: ROUGE-L {attack['rouge_before']:.2f} -> {attack['rouge_after']:.2f}, "
+                f"whole answers {attack['exact_before']:.0%} -> {attack['exact_after']:.0%}"
+            )
     print(f"report: {pipeline.work / 'report.html'}")
     return 0
 

@@ -497,7 +497,7 @@ class Pipeline:
                 if isinstance(value, Path)
                 else value
             )
-            logger.info("%s: %s", stage, results[stage])
+            logger.info("%s: done", stage)
         if self._state.is_main_process:
             self._write(
                 "run.json",

@@ -1,6 +1,7 @@
 """The tour over all methods: every room has a stop, one stop runs, a broken one is named."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,4 +75,5 @@ def test_the_whole_tour(tmp_path: Path) -> None:
     assert main(["--out", str(tmp_path)]) == 0
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert page.count("<section>") == len(STOPS)
-    assert "http://" not in page.replace("http://www.w3.org", "")
+    # Names of XML spaces are no addresses that anything is loaded from.
+    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?https?:""", page)

@@ -21,14 +21,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     DataCollatorWithPadding,
+    PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -45,6 +49,7 @@ NAMES = {1.0: "epsilon 1", 3.0: "epsilon 3", 8.0: "epsilon 8", math.inf: "no noi
 MAX_LENGTH = 24
 TEST_ROWS = 400
 CLIP = 0.5
+SCALE = 10.0
 DELTA = 1e-5
 
 
@@ -64,12 +69,43 @@ class Method(NamedTuple):
     chunk: int
 
 
-# Chosen on SST-2 without noise, with a seed that the table does not use (--try): LoRA learns nothing in ten
-# steps at 5e-3.
+# Chosen on SST-2 at epsilon 3 with a seed that the table does not use (--try).
 METHODS = {
-    "LoRA": Method(learning_rate=2e-2, lora_rank=4, chunk=32),
-    "full": Method(learning_rate=5e-4, lora_rank=0, chunk=32),
+    "LoRA": Method(learning_rate=4.0, lora_rank=4, chunk=32),
+    "full": Method(learning_rate=1.0, lora_rank=0, chunk=32),
 }
+
+
+class SentenceClassifier(PreTrainedModel):
+    """A linear head, zero at first, on MiniLM's sentence embedding: the mean over tokens, of length `SCALE`.
+
+    The head that transformers puts on BERT reads the first token through a layer that MiniLM's training
+    left alone; noise in the mean of such features decides before the little that tells classes apart.
+    """
+
+    config_class = BertConfig
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.head = nn.Linear(config.hidden_size, config.num_labels)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.post_init()
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any
+    ) -> SequenceClassifierOutput:
+        """Logits of each text."""
+        states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[:, :, None].to(states.dtype)
+        embedding = nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+        return SequenceClassifierOutput(logits=self.head(SCALE * embedding))
+
+
+def record_losses(outputs: SequenceClassifierOutput, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Cross entropy of each record."""
+    return nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="none")
 
 
 def load_task(name: str) -> Task:
@@ -89,15 +125,16 @@ def tokenized(rows: list[dict[str, Any]], tokenizer: Any) -> Dataset:
 
 def build_model(task: Task, method: Method) -> torch.nn.Module:
     """MiniLM with a new head, whole or with LoRA on its attention."""
-    model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=task.num_labels)
+    model = SentenceClassifier(BertConfig.from_pretrained(minilm(), num_labels=task.num_labels))
+    model.bert = BertModel.from_pretrained(minilm(), add_pooling_layer=False)
     if not method.lora_rank:
         return model
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
         r=method.lora_rank,
         lora_alpha=2 * method.lora_rank,
         lora_dropout=0.0,
         target_modules=["query", "value"],
+        modules_to_save=["head"],
     )
     return get_peft_model(model, config)
 
@@ -132,6 +169,8 @@ def train_one(
             max_steps=steps,
             learning_rate=method.learning_rate,
             lr_scheduler_type="linear",
+            optim="sgd",
+            label_names=["labels"],
             weight_decay=0.0,
             save_strategy="no",
             report_to=[],
@@ -147,6 +186,7 @@ def train_one(
             eval_dataset=test,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=accuracy,
+            compute_loss_func=record_losses,
             dp=DPConfig(noise_multiplier=noise, delta=DELTA, max_grad_norm=CLIP, seed=seed),
         )
         start = time.process_time()

@@ -144,7 +144,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict[str, dict[str, Any]
         )
         for arm, cell in zip(ARMS, cells, strict=True)
     }
-    return {**searches, **trained}
+    return {f"search, {strategy}": found for strategy, found in searches.items()} | trained
 
 
 def spread_of(values: Sequence[float], scale: float = 100.0) -> str:
@@ -159,7 +159,7 @@ def report(found: dict[int, dict[str, dict[str, Any]]], options: argparse.Namesp
     rows = []
     for arm in ARMS:
         name = strategy_of.get(arm)
-        looked = [run[name] for run in found.values()] if name else []
+        looked = [run[f"search, {name}"] for run in found.values()] if name else []
         rows.append(
             [
                 arm,

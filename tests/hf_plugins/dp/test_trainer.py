@@ -487,6 +487,38 @@ def test_loss_that_mixes_records_is_refused(tmp_path: Path) -> None:
     assert run.ledger.num_steps == 0
 
 
+@pytest.mark.parametrize(
+    ("errors", "looks", "passes"),
+    [
+        ([1e-5], 1, True),
+        # A kink that rounding decides: one chunk a little off, the next one right.
+        ([0.002, 1e-5], 2, True),
+        ([0.002, 0.003, 0.002, 0.004], 4, False),
+        # No rounding: refused at the first look.
+        ([0.3, 1e-5], 1, False),
+        ([math.nan, 1e-5], 1, False),
+    ],
+)
+def test_the_self_check_looks_again_only_at_small_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: list[float], looks: int, passes: bool
+) -> None:
+    seen = []
+
+    def check(engine: Any, losses: Any, inputs: dict[str, Tensor], *rest: Any) -> tuple[float, Tensor]:
+        seen.append(inputs["input_ids"])
+        return errors[len(seen) - 1], losses({name: tensor[:1] for name, tensor in inputs.items()})
+
+    monkeypatch.setattr("hf_plugins.dp.trainer.self_check_error", check)
+    private = tiny.trainer(tmp_path, dp=EVERYBODY, rows=tiny.classified(12), max_steps=1)
+    if passes:
+        private.train()
+    else:
+        with pytest.raises(RuntimeError, match="the model or the loss mixes records"):
+            private.train()
+    assert len(seen) == looks
+    assert len({str(ids.tolist()) for ids in seen}) == looks, "the same records again"
+
+
 def test_own_loss_by_record_trains(tmp_path: Path) -> None:
     def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         assert num_items_in_batch is None

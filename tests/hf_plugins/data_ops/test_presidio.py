@@ -29,7 +29,7 @@ def test_without_presidio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_score_out_of_range() -> None:
-    with pytest.raises(ValueError, match="min_score must lie in 0 to 1, got 2"):
+    with pytest.raises(ValueError, match="min_score must lie in 0 to 1, got .*2"):
         PresidioRedactionMapper(min_score=2)
 
 
@@ -58,7 +58,7 @@ def test_names_take_a_pipeline_that_is_there(tmp_path: Path) -> None:
     pipeline.to_disk(tmp_path / "names")
     op = PresidioRedactionMapper(model=str(tmp_path / "names"), entities=("PERSON",))
     assert op.change("Jane Roe has a cold.") == "[PERSON_REDACTED] has a cold."
-    with pytest.raises(FileNotFoundError, match="no spaCy pipeline 'en_core_none' is installed; install it"):
+    with pytest.raises(FileNotFoundError, match="no spaCy pipeline .*en_core_none.* is installed; install it"):
         PresidioRedactionMapper(model="en_core_none").change("Jane Roe")
-    with pytest.raises(ValueError, match="Presidio finds no NAME in en with the model None; it finds"):
+    with pytest.raises(ValueError, match="Presidio finds no .*NAME.* with the model .*None.*; it finds"):
         PresidioRedactionMapper(entities=("NAME",))

@@ -58,7 +58,7 @@ def test_names_take_a_pipeline_that_is_there(tmp_path: Path) -> None:
     pipeline.to_disk(tmp_path / "names")
     op = PresidioRedactionMapper(model=str(tmp_path / "names"), entities=("PERSON",))
     assert op.change("Jane Roe has a cold.") == "[PERSON_REDACTED] has a cold."
-    with pytest.raises(FileNotFoundError, match="no spaCy pipeline .*en_core_none.* is installed; install it"):
+    with pytest.raises(FileNotFoundError, match="no spaCy pipeline .*en_core_none"):
         PresidioRedactionMapper(model="en_core_none").change("Jane Roe")
     with pytest.raises(ValueError, match="Presidio finds no .*NAME.* with the model .*None.*; it finds"):
         PresidioRedactionMapper(entities=("NAME",))

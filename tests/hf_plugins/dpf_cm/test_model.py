@@ -438,7 +438,7 @@ def test_a_guard_whose_keys_are_gone_does_not_open(kind: str, tmp_path: Path) ->
     """An empty store would let everything through without a word."""
     build(tmp_path, store=kind)
     shutil.move(tmp_path / "store", tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="was saved with .*8 samples, and its store holds .*0: keys are missing"):
+    with pytest.raises(ValueError, match="samples, and its store holds .*0: keys"):
         PrivacyPreservingVectorDB.open(tmp_path, model(), tokenizer())
     shutil.rmtree(tmp_path / "store", ignore_errors=True)
     shutil.move(tmp_path / "elsewhere", tmp_path / "store")

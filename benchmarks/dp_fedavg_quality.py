@@ -113,8 +113,8 @@ def setting(task: str) -> Setting:
             "max_length": 32,
         },
         local={"learning_rate": 4.0, "num_epochs": 5, "batch_size": 10},
-        norms=(0.6, 1.0, 2.0, 4.0),
-        plain_norms=(0.3, 0.6, 0.8, 1.0, 1.4, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0),
+        norms=(0.6, 1.0, 2.0, 4.0, 6.0, 8.0),
+        plain_norms=(0.3, 0.6, 0.8, 1, 1.4, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 10, 12),
         sample_rate=0.1,
         group_size=25,
         # Below 2 / learning rate, as above.

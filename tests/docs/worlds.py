@@ -154,10 +154,15 @@ def dpf_cm(folder: Path) -> Names:
 
 def autodp(folder: Path) -> Names:
     """Rows, a tiny model to tune and one to write, where the snippet says they are."""
+    from transformers import AutoTokenizer
+
     from tests.hf_plugins.autodp import tiny
 
     for name in ("model", "writer"):
         tiny.model(folder / "path" / "to" / name)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "path" / "to" / "writer")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder / "path" / "to" / "writer")
     table = [{"question": question, "answer": answer} for question, answer in tiny.PAIRS]
     tiny.write_jsonl(folder / "rows.jsonl", table)
     return {}

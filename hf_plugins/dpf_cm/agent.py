@@ -28,7 +28,6 @@ from hf_plugins.data_ops.op import (
     make_op,
     run_ops,
 )
-from hf_plugins.data_ops.perplexity import model_hash
 from hf_plugins.data_ops.preference import (
     PreferenceDenoiseFilter,
     PreferenceVoteMapper,
@@ -38,7 +37,7 @@ from hf_plugins.dpf_cm import trainer
 from hf_plugins.dpf_cm.config import STAGES, PPVDConfig, RecipeConfig
 from hf_plugins.dpf_cm.dataset import read_sources
 from hf_plugins.dpf_cm.metric import evaluate_guard
-from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample, search_memory
+from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample, StateReader, search_memory
 from hf_plugins.dpf_cm.page import render_page
 
 logger = logging.getLogger(__name__)
@@ -423,7 +422,7 @@ class Pipeline:
         # Named after what it is made of: other weights, samples or options make another guard, and the one
         # that samples were erased from is found again.
         made_of = [
-            model_hash(str(folder)),
+            StateReader(model, tokenizer, self.guard_options.layer).fingerprint(),
             canonical(dataclasses.asdict(self.guard_options)),
             *(sample.id for sample in risky),
             content_key(benign_rows),

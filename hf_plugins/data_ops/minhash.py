@@ -1,9 +1,8 @@
 """Near-duplicates by MinHash: signatures by rensa, candidates by bands, each checked exactly."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ from hf_plugins.data_ops.op import ROW_ID, DataOp, OpContext, digest, register, 
 from hf_plugins.data_ops.text import TOKENIZATIONS, tokens
 
 _CHUNK = 2000
+_CACHED = 4096
 
 
 def shingles(
@@ -65,6 +65,48 @@ def signatures(sets: Sequence[frozenset[str]], *, num_permutations: int = 128, s
     return np.asarray(matrix.to_rows(), dtype=np.uint32).reshape(len(sets), num_permutations)
 
 
+class BandIndex:
+    """Rows by the bands of their signatures.
+
+    Args:
+        bands: Number of bands b.
+        rows: Rows r of a signature in each.
+    """
+
+    def __init__(self, bands: int, rows: int) -> None:
+        self.bands, self.rows = bands, rows
+        # Odd, so that multiplication modulo 2^64 loses nothing.
+        draw = np.random.default_rng(0).integers(0, 2**63, rows, dtype=np.uint64)
+        self._factors = 2 * draw + np.uint64(1)
+        # Most keys belong to one row, which needs no list.
+        self._first: list[dict[int, int]] = [{} for _ in range(bands)]
+        self._more: list[dict[int, list[int]]] = [{} for _ in range(bands)]
+
+    def keys(self, signatures: np.ndarray) -> list[list[int]]:
+        """One number a band for each signature (uint32, texts x permutations), the same in every process.
+
+        Two bands that collide cost a comparison, never a row.
+        """
+        parts = signatures[:, : self.bands * self.rows].reshape(len(signatures), self.bands, self.rows)
+        with np.errstate(over="ignore"):
+            return (parts.astype(np.uint64) * self._factors).sum(-1, dtype=np.uint64).tolist()
+
+    def near(self, keys: Sequence[int]) -> list[int]:
+        """Rows that share a band, in order."""
+        found = set()
+        for key, first, more in zip(keys, self._first, self._more, strict=True):
+            if key in first:
+                found.add(first[key])
+                found.update(more.get(key, ()))
+        return sorted(found)
+
+    def add(self, row: int, keys: Sequence[int]) -> None:
+        """Take a row in."""
+        for key, first, more in zip(keys, self._first, self._more, strict=True):
+            if first.setdefault(key, row) != row:
+                more.setdefault(key, []).append(row)
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
 class DocumentMinhashDeduplicator(DataOp):
@@ -114,24 +156,24 @@ class DocumentMinhashDeduplicator(DataOp):
             if self.num_bands and self.num_rows_per_band
             else bands_for(self.jaccard_threshold, self.num_permutations)
         )
-        buckets: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in range(bands)]
-        kept: dict[int, frozenset[str]] = {}
+        index = BandIndex(bands, rows)
         ids = list(dataset[ROW_ID])
+
+        @lru_cache(maxsize=_CACHED)
+        def shingles_of(row: int) -> frozenset[str]:
+            # Made again for the few rows that are candidates: kept for all they are most of the memory.
+            return self._shingles(row_texts(dataset[row : row + 1], self.text_key)[0])
+
         reasons: list[str | None] = []
         values: list[float | None] = []
         for start in range(0, len(dataset), _CHUNK):
             sets = [
                 self._shingles(text) for text in row_texts(dataset[start : start + _CHUNK], self.text_key)
             ]
-            matrix = signatures(sets, num_permutations=self.num_permutations, seed=self.seed)
-            keys = np.ascontiguousarray(matrix[:, : bands * rows]).reshape(len(sets), bands, rows)
-            for offset, mine in enumerate(sets):
-                index = start + offset
-                # Bytes, not hash(): the same in every process. A collision costs a comparison, no row.
-                mine_keys = [keys[offset, band].tobytes() for band in range(bands)]
-                near = {other for band, key in enumerate(mine_keys) for other in buckets[band].get(key, ())}
+            keys = index.keys(signatures(sets, num_permutations=self.num_permutations, seed=self.seed))
+            for offset, (mine, mine_keys) in enumerate(zip(sets, keys, strict=True)):
                 twin, similar = max(
-                    ((other, jaccard(mine, kept[other])) for other in sorted(near)),
+                    ((other, jaccard(mine, shingles_of(other))) for other in index.near(mine_keys)),
                     key=lambda found: found[1],
                     default=(-1, 0.0),
                 )
@@ -142,9 +184,7 @@ class DocumentMinhashDeduplicator(DataOp):
                 reasons.append(None)
                 values.append(None)
                 if mine:
-                    kept[index] = mine
-                    for band, key in enumerate(mine_keys):
-                        buckets[band][key].append(index)
+                    index.add(start + offset, mine_keys)
             if context.progress:
                 context.progress(self.name, min(start + _CHUNK, len(dataset)), len(dataset))
         return select_rows(dataset, reasons, context, self.name, values)

@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 
 from hf_plugins.data_ops.minhash import (
+    BandIndex,
     DocumentDeduplicator,
     DocumentMinhashDeduplicator,
     bands_for,
@@ -136,3 +137,18 @@ def test_missing_rensa_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(ImportError, match=r"MinHash needs rensa; install the extra"):
         signatures([frozenset("a")])
+
+
+def test_rows_that_share_a_band_are_near() -> None:
+    index = BandIndex(bands=2, rows=2)
+    signatures = [[1, 2, 3, 4, 0], [1, 2, 9, 9, 0], [7, 7, 3, 4, 0], [2, 1, 4, 3, 0]]
+    keys = index.keys(np.array(signatures, np.uint32))
+    # The fifth number is in no band; the order within a band counts.
+    assert keys == index.keys(np.array(signatures, np.uint32)[:, :4])
+    assert keys[0][0] == keys[1][0] != keys[3][0]
+    assert index.near(keys[0]) == []
+    for row, mine in enumerate(keys):
+        index.add(row, mine)
+    assert [index.near(mine) for mine in keys] == [[0, 1, 2], [0, 1], [0, 2], [3]]
+    # Bands do not mix: what stands in the first is not looked for in the second.
+    assert index.near([keys[0][1], keys[0][0]]) == []

@@ -307,8 +307,8 @@ def report(folder: Path, seeds: Sequence[int]) -> None:
         notes=[
             "MiniLM-L6, "
             + ", ".join(f"{name} {m.steps} steps of {m.batch}" for name, m in METHODS.items())
-            + f" records expected (Poisson), SGD, texts cut at {MAX_LENGTH} tokens, accuracy in % on {TEST_ROWS} "
-            "test rows, mean +/- standard deviation over seeds; epsilon by PLD.",
+            + f" records expected (Poisson), SGD, texts cut at {MAX_LENGTH} tokens, accuracy in % on "
+            f"{TEST_ROWS} test rows, mean +/- standard deviation over seeds; epsilon by PLD.",
             "No noise: same clipping and steps with noise_multiplier 0. bf16 autocast in all arms.",
         ],
         details={"/".join(map(str, key)): value for key, value in found.items()},

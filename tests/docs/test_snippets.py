@@ -29,8 +29,8 @@ CONFIGS = [
     for block in SNIPPETS
     if is_config(block)
 ]
-# A whole search, with a training for each strategy.
-LONG = {"hf_plugins/autodp/README.md"}
+# A whole search, with a training for each strategy; a hundred rounds, each with its epsilon.
+LONG = {"hf_plugins/autodp/README.md", "hf_plugins/dp_fedavg/README.md"}
 SCRIPTS = [
     pytest.param(document, marks=pytest.mark.slow) if document in LONG else document
     for document in sorted({block.document for block in SNIPPETS if not is_config(block)})

@@ -39,7 +39,7 @@ def test_wheel_holds_both_sides_with_types_and_readmes(wheel: zipfile.ZipFile) -
 def test_metadata_name_the_command_and_every_extra(wheel: zipfile.ZipFile) -> None:
     folder = next(name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
     metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
-    extras = {"mm", "hf", "federated", "data", "tee", "report", "dev", "all"}
+    extras = {"mm", "hf", "federated", "data", "pii", "tee", "report", "dev", "all"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     # Nothing but packaging comes without an extra, and no extra pulls in another's stack.
     needs = metadata.get_all("Requires-Dist")

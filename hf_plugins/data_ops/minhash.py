@@ -12,6 +12,7 @@ from hf_plugins.data_ops.op import ROW_ID, DataOp, OpContext, digest, register, 
 from hf_plugins.data_ops.text import TOKENIZATIONS, tokens
 
 _CHUNK = 2000
+# Shingle sets of candidates that are kept for the next comparison.
 _CACHED = 4096
 
 

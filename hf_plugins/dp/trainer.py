@@ -577,7 +577,7 @@ class _DPMixin:
         tolerance = _TOLERANCE_HALF if half else _TOLERANCE
         self.model.train()
         for first in range(0, _CHECKED * _CHUNKS_CHECKED, _CHECKED):
-            # Of few records the last chunk may be short; the first never is empty.
+            # With few records the later chunks are the first one again.
             units = self._units[first : first + _CHECKED] or self._units[:_CHECKED]
             chunk = collate.chunk([loader.dataset[unit[:1]] for unit in units])
             inputs = self._prepare_inputs(chunk.inputs)

@@ -185,9 +185,28 @@ def test_budgets_out_of_reach_and_foreign_states_are_refused() -> None:
 
 
 def test_missing_libraries_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
+    for name in ("dp_accounting", "dp_accounting.pld.privacy_loss_distribution"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
     monkeypatch.setitem(__import__("sys").modules, "opacus.accountants", None)
     with pytest.raises(ImportError, match="privacy accounting needs dp-accounting; run: pip install"):
         epsilon(noise_multiplier=1, num_steps=1, delta=1e-5)
     with pytest.raises(ImportError, match="accountant='prv' needs opacus; run: pip install"):
         epsilon(noise_multiplier=1, num_steps=1, delta=1e-5, accountant="prv")
+
+
+def test_pld_is_what_the_librarys_accountant_gives() -> None:
+    """The distribution of a step is kept here; the figures are those of PLDAccountant."""
+    from dp_accounting import dp_event
+    from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+
+    theirs = PLDAccountant()
+    ledger = Ledger()
+    for noise, rate, steps in ((0.9, 0.02, 7), (1.3, 0.1, 3), (0.9, 0.02, 5)):
+        event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(noise))
+        theirs.compose(event, steps)
+        ledger.add(Release(noise_multiplier=noise, num_steps=steps, sample_rate=rate, sampling="poisson"))
+    # A pass over all records in three shuffled steps is one release.
+    theirs.compose(dp_event.GaussianDpEvent(4.0), 2)
+    ledger.add(Release(noise_multiplier=4.0, num_steps=6, sample_rate=1 / 3, sampling="shuffle"))
+    for delta in (1e-5, 1e-3):
+        assert ledger.epsilon(delta=delta) == pytest.approx(theirs.get_epsilon(delta), rel=1e-12)

@@ -1,4 +1,4 @@
-"""A real SuperLink with SuperNodes on loopback for tests: started, used by ``flwr run``, ended by pid."""
+"""A real SuperLink on loopback for tests, with SuperNodes or simulated ones: started, used, ended by pid."""
 
 import contextlib
 import os
@@ -28,8 +28,8 @@ def free_ports(count: int) -> list[int]:
 class Deployment:
     """Processes of one federation and the address that ``flwr`` talks to."""
 
-    def __init__(self, folder: Path, num_nodes: int) -> None:
-        self.folder, self.num_nodes = folder, num_nodes
+    def __init__(self, folder: Path, num_nodes: int, *, simulation: bool = False) -> None:
+        self.folder, self.num_nodes, self.simulation = folder, num_nodes, simulation
         self.api, self.fleet, self.control = free_ports(3)
         self.processes: dict[str, subprocess.Popen] = {}
         # No test on another package's path, no thread pools, no proxies.
@@ -64,6 +64,7 @@ class Deployment:
         words += ["--fleet-api-address", f"127.0.0.1:{self.fleet}"]
         words += ["--control-api-address", f"127.0.0.1:{self.control}"]
         words += ["--database", str(self.folder / "state.db"), "--disable-runtime-dependency-installation"]
+        words += ["--simulation"] if self.simulation else []
         self.start("superlink", words)
         self.wait_for(self.api, "superlink")
 
@@ -101,7 +102,10 @@ class Deployment:
 
     def run_app(self, overrides: dict[str, object], timeout: float = 300) -> subprocess.CompletedProcess:
         text = " ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v}" for k, v in overrides.items())
-        return self.flwr("run", str(APP), "here", "--run-config", text, "--stream", timeout=timeout)
+        words = ["run", str(APP), "here", "--run-config", text, "--stream"]
+        if self.simulation:
+            words += ["--federation-config", f"num_supernodes={self.num_nodes} init_args_num_cpus=2"]
+        return self.flwr(*words, timeout=timeout)
 
     def stop(self, name: str, how: int = signal.SIGKILL) -> None:
         """End one process and its children; each has a session of its own."""
@@ -112,12 +116,12 @@ class Deployment:
 
 
 @contextlib.contextmanager
-def deployment(folder: Path, num_nodes: int = 2) -> Iterator[Deployment]:
-    """A SuperLink and its SuperNodes, gone afterwards whatever happens."""
-    found = Deployment(folder, num_nodes)
+def deployment(folder: Path, num_nodes: int = 2, *, simulation: bool = False) -> Iterator[Deployment]:
+    """A SuperLink and its SuperNodes (or its simulated ones), gone afterwards whatever happens."""
+    found = Deployment(folder, num_nodes, simulation=simulation)
     try:
         found.start_superlink()
-        for number in range(num_nodes):
+        for number in range(0 if simulation else num_nodes):
             found.start_supernode(number)
         yield found
     finally:

@@ -1,4 +1,4 @@
-"""``flwr run`` for real: a SuperLink with two SuperNodes on loopback."""
+"""``flwr run`` for real: a SuperLink with two SuperNodes on loopback, and Flower's simulation runtime."""
 
 import json
 import time
@@ -36,13 +36,22 @@ def same_result(one: Path, other: Path) -> None:
     assert reports[0]["test/accuracy"] == reports[1]["test/accuracy"]
 
 
-def test_superlink_with_two_supernodes_equals_in_process(tmp_path: Path) -> None:
+def run_app(folder: Path, *, simulation: bool) -> Path:
     """Four users on two nodes, two rounds; every process is real and listens on 127.0.0.1 only."""
-    overrides = {"data": str(DATA), "output-dir": str(tmp_path / "out"), "num-rounds": 2, "num-clients": 4}
-    with deployment(tmp_path) as federation:
+    overrides = {"data": str(DATA), "output-dir": str(folder / "out"), "num-rounds": 2, "num-clients": 4}
+    report = folder / "out" / "report.json"
+    with deployment(folder, simulation=simulation) as federation:
         done = federation.run_app(overrides, timeout=500)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         deadline = time.monotonic() + 60
-        while not (tmp_path / "out" / "report.json").is_file() and time.monotonic() < deadline:
+        while not report.is_file() and time.monotonic() < deadline:
             time.sleep(0.5)
-    same_result(tmp_path / "out", in_process(tmp_path, num_rounds=2, num_clients=4))
+        log = (folder / "superlink.log").read_text()[-2000:]
+        assert report.is_file(), done.stdout[-2000:] + done.stderr[-2000:] + log
+    return folder / "out"
+
+
+@pytest.mark.parametrize("simulation", [False, True], ids=["two supernodes", "simulation"])
+def test_flwr_run_equals_in_process(tmp_path: Path, simulation: bool) -> None:
+    """The same weights, account and figures as without Flower, bit by bit."""
+    found = run_app(tmp_path, simulation=simulation)
+    same_result(found, in_process(tmp_path, num_rounds=2, num_clients=4))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hf_plugins.hpn.strategy import HPNStrategy, recipe_population
 from hf_plugins.rounds import ClientFailed
 from hf_plugins.rounds.flower import Population, hosted_share, round_client_app
 from tests.hf_plugins.hpn import tiny
+from tests.hf_plugins.hpn.test_main import RECIPE
 
 pytestmark = pytest.mark.host
 
@@ -146,3 +148,26 @@ def test_what_is_refused(tmp_path: Path) -> None:
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
     with pytest.raises(ValueError, match="the run's config must name a recipe file on this machine"):
         recipe_population(context)
+
+
+@pytest.mark.slow
+def test_flwr_run_on_a_superlink_with_two_supernodes(tmp_path: Path) -> None:
+    """The released app over real processes finds what one process finds."""
+    from hf_plugins.hpn.__main__ import main
+    from tests.hf_plugins.dp_fedavg.deployment import ROOT, deployment
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("num_rounds: 3", "num_rounds: 2") % 2)
+    assert main(["search", str(recipe), "--output-dir", str(tmp_path / "here")]) == 0
+    deployed = tmp_path / "there" / "deploy.json"
+    with deployment(tmp_path, num_nodes=2) as found:
+        config = f"recipe='{recipe}' output-dir='{tmp_path / 'there'}'"
+        app = str(ROOT / "configs" / "hpn" / "flower_app")
+        done = found.flwr("run", app, "here", "--run-config", config, "--stream", timeout=500)
+        deadline = time.monotonic() + 60
+        while not deployed.is_file() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        log = (tmp_path / "superlink.log").read_text()[-2000:]
+        assert deployed.is_file(), done.stdout[-3000:] + done.stderr[-3000:] + log
+    searches = [json.loads((tmp_path / n / "search.json").read_text()) for n in ("here", "there")]
+    assert searches[0]["configs"] == searches[1]["configs"]

@@ -1,11 +1,16 @@
 """``mmhf doctor``: what fits, what does not, and the line that mends it."""
 
+import importlib.util
 import json
 from importlib import metadata
 
 import pytest
 
 from hf_plugins import doctor
+
+needs_mm = pytest.mark.skipif(
+    importlib.util.find_spec("mmdet") is None, reason="the extra mm is not installed"
+)
 
 
 def test_range_is_checked() -> None:
@@ -29,6 +34,7 @@ def _without(monkeypatch: pytest.MonkeyPatch, *gone: str) -> None:
     monkeypatch.setattr(doctor.metadata, "version", version)
 
 
+@needs_mm
 def test_part_of_an_extra_missing_is_a_fault_with_its_mend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -57,6 +63,7 @@ def test_unknown_extra_is_refused(capsys: pytest.CaptureFixture) -> None:
     assert "choose from" in capsys.readouterr().err
 
 
+@needs_mm
 @pytest.mark.host
 def test_this_environment_is_complete(capsys: pytest.CaptureFixture) -> None:
     """The suite's own environment has the extra mm, so its hosts import and the ops are served."""

@@ -79,7 +79,7 @@ METHODS = {
 
 
 class SentenceClassifier(PreTrainedModel):
-    """A linear head, zero at first, on MiniLM's sentence embedding: the mean over tokens, of length `SCALE`.
+    """A linear head on MiniLM's sentence embedding: the mean over tokens, of length `SCALE`.
 
     The head that transformers puts on BERT reads the first token through a layer that MiniLM's training
     left alone; noise in the mean of such features decides before the little that tells classes apart.
@@ -91,8 +91,6 @@ class SentenceClassifier(PreTrainedModel):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.head = nn.Linear(config.hidden_size, config.num_labels)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
         self.post_init()
 
     def forward(

@@ -1,11 +1,20 @@
 """Broken files of every kind that a command line may be handed."""
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 Break = Callable[[Path], None]
+
+
+def exit_code(module: str, words: list[str]) -> object:
+    """What a room's command line ends with, whether it returns or leaves by argparse."""
+    try:
+        return importlib.import_module(f"{module}.__main__").main(words)
+    except SystemExit as stop:
+        return stop.code
 
 
 def _write(data: bytes) -> Break:

@@ -1,13 +1,12 @@
 """Broken files against every command line: a line that says what is wrong, exit code 2, nothing written."""
 
-import importlib
 import os
 import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.pressure.corpus import KINDS
+from tests.pressure.corpus import KINDS, exit_code
 
 # module, command with GOOD files, OUT, and one {kind} that is broken in every way of the corpus.
 COMMANDS = [
@@ -90,10 +89,7 @@ def test_broken_input_is_told_in_one_line(
         for word in shlex.split(command)
     ]
     before = set(os.listdir(tmp_path))
-    try:
-        code = importlib.import_module(f"{module}.__main__").main(arguments)
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(module, arguments)
     said = capfd.readouterr().err
     assert code == 2, f"exit code {code}; said: {said[-1500:]}"
     assert "Traceback" not in said

@@ -1,6 +1,5 @@
 """Places that cannot be written to: a line that says so, exit code 2, and nothing half-written."""
 
-import importlib
 import os
 import re
 import resource
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.rooms import ROOT
+from tests.pressure.corpus import exit_code
 
 # module, command that writes to OUT; whatever it reads is in order.
 COMMANDS = [
@@ -85,10 +85,7 @@ def test_a_place_that_cannot_be_written_to(
     before = set(os.listdir(folder))
     if way == "disk_full":
         request.getfixturevalue("full_disk")
-    try:
-        code = importlib.import_module(f"{module}.__main__").main(words)
-    except SystemExit as stop:
-        code = stop.code
+    code = exit_code(module, words)
     said = capfd.readouterr().err
     assert code == 2, f"exit code {code}; said: {said[-1500:]}"
     assert "Traceback" not in said

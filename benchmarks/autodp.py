@@ -270,10 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows=rows,
         notes=[
             f"{len(strategies)} random strategies and the raw data on MedQuAD rows with planted defects, "
-            f"three epochs "
-            "each, a tiny model; the language model is a script that costs next to nothing, so its calls "
-            "are counted "
-            "instead. Cost model: how much faster at best, from the split of the first line.",
+            "three epochs each, a tiny model; the language model is a script that costs next to nothing, so "
+            "its calls are counted instead. Cost model: how much faster at best, from the split of the first "
+            "line.",
             f"The floor that no saving touches, answers and judging, is "
             f"{floor['floor'] / floor['nothing']:.0%} of the "
             "time here; with a 14B judge and 400 questions it is most of it.",

@@ -392,16 +392,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows=rows_of(parts),
             notes=[
                 f"{size['train']} training rows with {sum(RATES.values()):.0%} planted defects of eight "
-                f"kinds, half of "
-                f"them sampled; {size['dev']} dev and {size['test']} test questions; a 2-layer model of "
-                f"width 64, "
-                f"pre-trained on {size['reserve']} clean rows; {size['steps']} updates of 8 rows for "
-                f"every strategy.",
+                f"kinds, half of them sampled; {size['dev']} dev and {size['test']} test questions; a "
+                f"2-layer model of width 64, pre-trained on {size['reserve']} clean rows; {size['steps']} "
+                "updates of 8 rows for every strategy.",
                 "Less loss than the same model trained on the raw sample, fresh training seed, mean over "
-                "seeds with a "
-                "95 % t interval. Regret: dev score of the best of all 64 (or of raw data) less that of "
-                "the choice. "
-                "Trainings in units of a full one.",
+                "seeds with a 95 % t interval. Regret: dev score of the best of all 64 (or of raw data) less "
+                "that of the choice. Trainings in units of a full one.",
                 "The language model of GENERATE and OPTIMIZE is a script that is right nine times of ten.",
             ],
             details={"parts": parts},

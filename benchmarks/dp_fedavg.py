@@ -256,9 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows=rows,
         notes=[
             "Ten clients train in a round, 8 steps each; median (smallest-largest) over rounds "
-            "without the first. "
-            "The engine clips, adds noise and runs BLUR and LUS, except where it only averages as the "
-            "plain loop does.",
+            "without the first. The engine clips, adds noise and runs BLUR and LUS, except where it only "
+            "averages as the plain loop does.",
             "Memory is that of the driving process. Flower's workers are processes besides it, so its CPU "
             "time is not shown.",
             "Other work ran on the machine; the ratio is more telling than the rate.",

@@ -200,9 +200,8 @@ def defects(seeds: Sequence[int], count: int) -> None:
             "and of PubMedQA, question and long answer), each defect planted on 5 % of them; means over "
             "seeds.",
             "Precision counts natural defects against the operator: the raw rows hold repetition, markup "
-            "and duplicates "
-            "of their own. The scorer is a rule (the answer takes up a rare term of its question), not a "
-            "language model.",
+            "and duplicates of their own. The scorer is a rule (the answer takes up a rare term of its "
+            "question), not a language model.",
         ],
         details={f"{a}/{b}": v for (a, b), v in figures.items()},
     )
@@ -402,12 +401,10 @@ def guard(seeds: Sequence[int], count: int, steps: int) -> None:
             f"whose own ROUGE-L with the targets is what a replaced reply scores. Model: 2 layers, width 96, "
             "fresh weights, trained until it repeats them.",
             f"The paper's 27 % is 0.85 - 0.58, the threshold minus the mean after. By that definition the "
-            "default here gives "
-            f"0.85 - {mean(shown, 0, 'rouge_after'):.2f}; the drop from the mean before is {drop:.2f} "
-            f"({100 * mean(shown, 0, 'relative_drop'):.0f} %).",
+            f"default here gives 0.85 - {mean(shown, 0, 'rouge_after'):.2f}; the drop from the mean before "
+            f"is {drop:.2f} ({100 * mean(shown, 0, 'relative_drop'):.0f} %).",
             "Benign: questions of the same source that the model never saw, none used for calibration; "
-            "look-alikes: private "
-            "questions with one clause of another patient's.",
+            "look-alikes: private questions with one clause of another patient's.",
         ],
         details=collected,
     )
@@ -589,8 +586,8 @@ def sft(seeds: Sequence[int], count: int, steps: int) -> None:
         rows=rows_out,
         notes=[
             f"huatuo_kg; {steps} updates of 16 in every arm, same weights and seed to start from; 150 "
-            "held-out pairs; model of 2 "
-            "layers, width 96. Seven kinds of defects planted on 9 % of rows each; the scorer is a rule.",
+            "held-out pairs; model of 2 layers, width 96. Seven kinds of defects planted on 9 % of rows "
+            "each; the scorer is a rule.",
         ],
         details={"nll": collected, "rows": sizes},
     )

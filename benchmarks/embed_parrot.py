@@ -402,13 +402,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows=[[row["case"], row["figure"], row["ratio"]] for row in rows],
         notes=[
             "Random-weight Llama models. Vocabulary matching: 12 tokens, 512 candidates each, states of "
-            "layer 4 of "
-            "8; every way finds the text, and the first row is what the others are compared with. The "
-            "public way "
-            "is restated from its description: no cache, no batch, all layers.",
+            "layer 4 of 8; every way finds the text, and the first row is what the others are compared with. "
+            "The public way is restated from its description: no cache, no batch, all layers.",
             "The truncated pass is compared with a full forward pass that returns all hidden states. Times "
-            "are CPU "
-            "seconds on one thread.",
+            "are CPU seconds on one thread.",
         ],
         details={row["case"]: row["times"] for row in rows},
         folder=args.out,

@@ -512,18 +512,14 @@ def write_tables(
         attack_rows(reports),
         [
             "Per cent of tokens read back at their position, no defence. Ridge and EP are fitted on 2,500 "
-            "finance "
-            "sentences (Chinese: on Chinese questions), so the control is text of another kind. EP in the "
-            "paper's form "
-            "(causal decode model, cosine), 400 steps of 8 texts of a 2-layer GPT-2 of width 128; three "
-            "seeds where a "
-            "range stands, else one.",
+            "finance sentences (Chinese: on Chinese questions), so the control is text of another kind. EP "
+            "in the paper's form (causal decode model, cosine), 400 steps of 8 texts of a 2-layer GPT-2 of "
+            "width 128; three seeds where a range stands, else one.",
             "The last column scores the model's own head (after the final norm where there is one) against "
-            "the text "
-            "moved by one token: what BEI really says at depth.",
+            "the text moved by one token: what BEI really says at depth.",
             "The small LM's tokenizer is byte-level BPE learnt on English, so its Chinese tokens are "
-            "mostly bytes; "
-            "MiniLM's uncased vocabulary holds single Chinese characters, and those it lacks are all [UNK].",
+            "mostly bytes; MiniLM's uncased vocabulary holds single Chinese characters, and those it lacks "
+            "are all [UNK].",
         ],
         {"tokens": tokens, "fields": list(fields), "cells": lean},
     )
@@ -551,8 +547,7 @@ def write_tables(
             "Per cent of finance tokens read back by the best of HEI, ridge and (small LM) vocabulary "
             "matching of 20 tokens; one draw of each random defence. gauss:r is noise of r times the spread "
             "of an entry; dx:eta has mean length width / eta. Use of the model: perplexity on finance "
-            "text, or the "
-            "cosine of the encoder's pooled output to that of the plain encoder.",
+            "text, or the cosine of the encoder's pooled output to that of the plain encoder.",
         ],
         {
             "utility": {

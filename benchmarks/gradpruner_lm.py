@@ -315,9 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"of {BATCH} problems after pruning, full fine-tuning, equal data and settings. Time is CPU "
             "time.",
             "The paper: 13 of 32 layers of Llama-3.1-8B and Mistral-7B, 3 of them merged, mean relative "
-            "change of "
-            "accuracy -0.99 % after three epochs on eight tasks; a model of 5 M weights has far less "
-            "redundancy.",
+            "change of accuracy -0.99 % after three epochs on eight tasks; a model of 5 M weights has far "
+            "less redundancy.",
         ],
         details=found,
         folder=args.out,

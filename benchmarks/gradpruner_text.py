@@ -309,12 +309,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes=[
             f"Accuracy in % on {args.num_eval} test rows, mean and standard deviation over seeds; all models "
             f"train {args.steps} steps of {BATCH} rows after pruning, with equal data and settings. The "
-            "relative "
-            "change is paired by set and seed, mean and standard deviation over all pairs.",
+            "relative change is paired by set and seed, mean and standard deviation over all pairs.",
             "Time is CPU time of training, median over pairs, without the scoring run, which takes "
             f"{statistics.median(share):.0f} % of a dense run of this (very short) length; memory is 16 "
-            "bytes a "
-            "weight.",
+            "bytes a weight.",
         ],
         details=found,
         folder=args.out,

@@ -430,16 +430,13 @@ def main(argv: Sequence[str]) -> int:
             rows=rows,
             notes=[
                 "CPU time on one thread, sides in turns, medians; ratio with smallest and largest of the "
-                "turns. "
-                "Results of all sides are compared before time is taken: equal maps, equal quality.",
+                "turns. Results of all sides are compared before time is taken: equal maps, equal quality.",
                 "Quality: 15 annotated COCO images, predictions made of the annotation; reading of PNGs, "
-                "which "
-                "panopticapi does for the prediction as well, is left out on every side. Peak: NumPy's.",
+                "which panopticapi does for the prediction as well, is left out on every side. Peak: "
+                "NumPy's.",
                 "Network: fresh weights, one real image of which masks of the annotated objects are "
-                "learned; in the "
-                "prediction neither finds an object, PanopticFPN runs its box head over its proposals. "
-                "Peak: growth of "
-                "the process in a process of its own, from the built model on.",
+                "learned; in the prediction neither finds an object, PanopticFPN runs its box head over its "
+                "proposals. Peak: growth of the process in a process of its own, from the built model on.",
             ],
             details=raw,
             folder=Path(folder) if args.short else RESULTS,

@@ -132,10 +132,8 @@ NOTES = {
     ),
     "coco": (
         "Three COCO images, 133 classes, training and test images the same: learned by heart in {epochs} "
-        "steps by "
-        "the quarter-width ResNet-18 with 64 channels, from scratch. It shows that the chain is right, and "
-        "nothing "
-        "about other images."
+        "steps by the quarter-width ResNet-18 with 64 channels, from scratch. It shows that the chain is "
+        "right, and nothing about other images."
     ),
 }
 

@@ -373,12 +373,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "Every ratio is taken within one turn of the run, so that other work on the machine falls on "
             "both sides.",
             f"Llama of 8 layers and width {args.dim}, cut 4, fp32, {args.samples} samples of {args.tokens} "
-            "tokens, "
-            "2 epochs; one thread a process. Times hold loading, encoding, sending, sealing to disk and "
-            "training.",
+            "tokens, 2 epochs; one thread a process. Times hold loading, encoding, sending, sealing to disk "
+            "and training.",
             f"Method 1: 128 rows through a {512 if not args.short else 128}-wide layer. What the enclave "
-            "computes ahead of time "
-            "is the product itself, so nothing is saved in all; that is why method 2 is the default.",
+            "computes ahead of time is the product itself, so nothing is saved in all; that is why method 2 "
+            "is the default.",
             "Evidence is simulated; the cost of an enclave itself is not in these figures.",
         ],
         details={

@@ -366,13 +366,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows=table(records, tokens, targets),
         notes=[
             f"GSM8K, {len(data[0])} training and {len(data[1])} test rows ({targets} scored answer tokens), "
-            "one epoch, "
-            "LoRA r=8 on the attention's output projection; mean and standard deviation over seeds.",
+            "one epoch, LoRA r=8 on the attention's output projection; mean and standard deviation over "
+            "seeds.",
             f"Hidden states are fp32 here, so the floor is 4 * {hidden} = {4 * hidden} bytes a token, plus 4 "
             "of labels.",
             "Tokens/s is the median of the training alone (in cache mode without the single upload), on a "
-            "machine shared "
-            "with other work: an indication only.",
+            "machine shared with other work: an indication only.",
             f"Stream and cache mode without dropout end with equal adapters: {same}.",
             "The server showed simulated evidence: no hardware protected these runs.",
         ],

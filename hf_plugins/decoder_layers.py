@@ -101,8 +101,7 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
         names = [name for name, _ in found]
         raise ValueError(
             f"{type(model).__name__} has {len(found)} lists of num_hidden_layers={count} modules {names}; "
-            "exactly "
-            "one is needed. Layers shared or nested in groups cannot be dropped one by one."
+            "exactly one is needed. Layers shared or nested in groups cannot be dropped one by one."
         )
     return DecoderLayers(*found[0], config)
 
@@ -111,8 +110,7 @@ def _refuse_encoder_decoder(config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise ValueError(
             f"{config.model_type} is an encoder-decoder: its two stacks share one count and the first "
-            "block holds the "
-            "position bias. Use a decoder-only or an encoder-only model."
+            "block holds the position bias. Use a decoder-only or an encoder-only model."
         )
 
 
@@ -136,9 +134,8 @@ def check_droppable(config: PreTrainedConfig) -> None:
     if rules:
         raise ValueError(
             f"{config.model_type} derives what a layer is from its number ({', '.join(rules)}), so "
-            "dropping one would "
-            "change the layers behind it. Write the kinds out as a list in the config, or leave the model "
-            "whole."
+            "dropping one would change the layers behind it. Write the kinds out as a list in the config, or "
+            "leave the model whole."
         )
     known = (*PER_LAYER_LISTS, *INDEX_LISTS)
     strange = [
@@ -152,8 +149,7 @@ def check_droppable(config: PreTrainedConfig) -> None:
     if strange:
         raise ValueError(
             f"the config has lists of one entry a layer that are not known here: {', '.join(strange)}. Add "
-            "them to "
-            "PER_LAYER_LISTS or INDEX_LISTS of hf_plugins/decoder_layers.py."
+            "them to PER_LAYER_LISTS or INDEX_LISTS of hf_plugins/decoder_layers.py."
         )
 
 
@@ -258,8 +254,8 @@ def layer_prefix(keys: Iterable[str], name: str, num_layers: int) -> str:
         seen = {prefix: f"{len(numbers[prefix])} layers" for prefix in same_tail}
         raise ValueError(
             f"the checkpoint must number the layers of {name!r} from 0 to {num_layers - 1} under one name; "
-            "found "
-            f"{seen or 'none'}. Config and weights do not belong together, or the key names are foreign."
+            f"found {seen or 'none'}. Config and weights do not belong together, or the key names are "
+            "foreign."
         )
     return fitting[0]
 

@@ -66,8 +66,7 @@ def _search(args: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "start a search as one process; it starts the trainings itself (launch: '--num_processes 4' "
-            "for several "
-            "processes each, workers for several at once)."
+            "for several processes each, workers for several at once)."
         )
     from hf_plugins.autodp.strategy import AutoDP
 
@@ -83,10 +82,8 @@ def _search(args: argparse.Namespace) -> int:
     final = result["final"]
     print(
         f"chosen: {result['chosen_key']} ({final['score']:+.4f}, {final['low']:+.4f} to "
-        f"{final['high']:+.4f} on the "
-        f"test questions); see {args.out / 'report.html'}. On all rows: mmhf autodp apply "
-        f"{args.out / 'recipe.yaml'} "
-        f"{paths['data']} --out DIR"
+        f"{final['high']:+.4f} on the test questions); see {args.out / 'report.html'}. On all rows: mmhf "
+        f"autodp apply {args.out / 'recipe.yaml'} {paths['data']} --out DIR"
     )
     return 0 if result["chosen"] else 1
 

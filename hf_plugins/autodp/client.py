@@ -354,8 +354,7 @@ def data_clients(
         if not is_local(spec) and remote_data != CONSENT:
             raise ValueError(
                 f"the client of {role!r} is at {spec.get('base_url')}, and rows would be sent there; use "
-                f"a model on "
-                f"this machine, or allow it with remote_data: {CONSENT!r}."
+                f"a model on this machine, or allow it with remote_data: {CONSENT!r}."
             )
         found[role] = make_client(spec, cache=cache)
     return found

@@ -40,8 +40,7 @@ class AutoDPConfig:
     )
     clients: dict[str, Any] = _roles(
         "Language models that do see rows, by role (writer, optimizer, screener, scorer, judge, default): "
-        "kind: "
-        "openai or transformers with their arguments."
+        "kind: openai or transformers with their arguments."
     )
     remote_data: str = _option(
         "",

@@ -104,8 +104,7 @@ def _paired(rows: Dataset, question: str, answer: str) -> Dataset:
         if not pair[0] and turns is None:
             raise ValueError(
                 f"no known pair of question and answer among {', '.join(rows.column_names)}; name the "
-                f"columns "
-                "with --question and --answer."
+                "columns with --question and --answer."
             )
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:

@@ -147,9 +147,9 @@ def _verdict(result: Mapping[str, Any]) -> str:
     unit = "nats a token less loss" if result["config"]["metric"] == "loss" else "wins minus losses, a share"
     return (
         f"<p>Chosen: <b>{html.escape(result['chosen_key'].replace('>', ', then '))}</b>. On "
-        f"{final['questions']} test "
-        f"questions that nothing was chosen by, with fresh seeds: <b>{_number(final['score'])}</b> "
-        f"({_number(final['low'])} to {_number(final['high'])}; {unit}): {sure}.</p>"
+        f"{final['questions']} test questions that nothing was chosen by, with fresh seeds: "
+        f"<b>{_number(final['score'])}</b> ({_number(final['low'])} to {_number(final['high'])}; {unit}): "
+        f"{sure}.</p>"
     )
 
 
@@ -185,33 +185,29 @@ def render_page(result: Mapping[str, Any]) -> str:
         f"<h1>Which processing makes the data better for {html.escape(result['model'])}</h1>",
         _verdict(result),
         f"<p class=soft>{result['rows']['train']} rows, {result['rows']['sample']} of them sampled; "
-        f"strategies compared "
-        f"on {result['rows']['dev']} questions. Search: {html.escape(result['config']['search'])}"
+        f"strategies compared on {result['rows']['dev']} questions. Search: "
+        f"{html.escape(result['config']['search'])}"
         + (f", ended by {html.escape(result['stopped'])}" if result["stopped"] else "")
         + ".</p>",
         "<h2>Scores</h2><p>Above 0: better than the raw data. Lines are intervals over questions; the "
-        "best of many "
-        "noisy scores looks better than it is, which is why the chosen strategy was scored anew.</p>",
+        "best of many noisy scores looks better than it is, which is why the chosen strategy was scored "
+        "anew.</p>",
         score_chart(trials),
         "<h2>Search tree</h2>",
         search_tree(trials),
         "<h2>Where the time went</h2>",
         cost_bar(result["seconds"]),
         f"<p class=soft>{counts['trainings']} trainings, {counts['team_runs']} steps run; {reused} stored "
-        f"tables used "
-        "again.</p>",
+        "tables used again.</p>",
         "<h2>Recipe</h2><p>recipe.yaml, next to this page, runs on all rows with <code>mmhf autodp "
         "apply</code>:</p>",
         f"<pre>{html.escape(recipe)}</pre>",
         "<h2>All evaluations</h2>",
         _table(["strategy", "updates", "score", "interval", "rows", "round"], rows),
         "<h2>What it means</h2><ul><li>The agent saw names of steps, scores and counts; each message was "
-        "checked to "
-        "hold no 12 characters in a row of any data row. That is no differential privacy: scores depend "
-        "on the "
-        "data.</li><li>Scores are of a sample and of this model; whether they carry over to all rows or "
-        "to a larger "
-        "model must be measured.</li></ul>",
+        "checked to hold no 12 characters in a row of any data row. That is no differential privacy: scores "
+        "depend on the data.</li><li>Scores are of a sample and of this model; whether they carry over to "
+        "all rows or to a larger model must be measured.</li></ul>",
         f"<p class=soft>{html.escape(', '.join(f'{n} {v}' for n, v in result['versions'].items()))}; "
         f"{html.escape(result['hardware'])}; seed {result['config']['seed']}.</p>",
     ]

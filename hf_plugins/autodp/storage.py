@@ -203,7 +203,6 @@ def settle_run(folder: Path, settings: dict[str, Any]) -> bool:
     if changed:
         raise ValueError(
             f"{folder} holds a search with other settings: {', '.join(changed)} differ. Give the old ones "
-            f"to go "
-            "on with it, or another --out to start anew; the cache is used either way."
+            "to go on with it, or another --out to start anew; the cache is used either way."
         )
     return True

@@ -486,8 +486,7 @@ class _Run:
         space = self.owner.space()
         self.show(
             f"{len(self.train)} rows to process, {len(self.sample)} sampled; {len(self.parts['dev'])} dev "
-            f"and "
-            f"{len(self.parts['test'])} test questions; steps: {', '.join(space.names)}"
+            f"and {len(self.parts['test'])} test questions; steps: {', '.join(space.names)}"
         )
         search = self._search(space)
         self._loop(search)

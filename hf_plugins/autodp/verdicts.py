@@ -82,8 +82,7 @@ def check_unparsed(values_Q: np.ndarray, limit: float = MAX_UNPARSED) -> int:
     if missing > limit * len(values_Q):
         raise RuntimeError(
             f"{missing} of {len(values_Q)} verdicts could not be read, more than {limit:.0%}; ask the "
-            f"judge for "
-            "one word (win, tie or lose) on its last line, or use another judge."
+            "judge for one word (win, tie or lose) on its last line, or use another judge."
         )
     return missing
 

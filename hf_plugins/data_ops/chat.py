@@ -184,8 +184,8 @@ class OpenAIChat(ChatClient):
                 problem = f"{type(error).__name__}: {error}"
         raise ChatError(
             f"{self.url} gave no usable answer in {self.retries + 1} tries; last: {problem[:300]}. Check "
-            "that the server "
-            "runs and raise timeout or retries if it is only slow; answers so far are kept by CachedChat."
+            "that the server runs and raise timeout or retries if it is only slow; answers so far are kept "
+            "by CachedChat."
         )
 
     def _post(self, body: Mapping[str, Any]) -> bytes:
@@ -447,8 +447,7 @@ class CachedChat(ChatClient):
                     except sqlite3.Error as error:
                         raise ChatError(
                             f"{self.path} cannot take an answer ({error}); free disk space and run again: "
-                            "what "
-                            "is stored will not be asked anew."
+                            "what is stored will not be asked anew."
                         ) from error
                 done += 1
                 if progress:
@@ -459,9 +458,8 @@ class CachedChat(ChatClient):
             if within < len(ask):
                 raise BudgetExceeded(
                     f"{len(ask) - within} questions are left and the budget is used up "
-                    f"(max_calls={self.max_calls}, "
-                    f"max_tokens={self.max_tokens}); raise it and run again, answers so far are in "
-                    f"{self.path}."
+                    f"(max_calls={self.max_calls}, max_tokens={self.max_tokens}); raise it and run again, "
+                    f"answers so far are in {self.path}."
                 )
         finally:
             db.close()

@@ -45,8 +45,7 @@ class DataJuicerMapper(DataOp):
         if not python or not command.is_file():
             raise FileNotFoundError(
                 f"{self.name}: no dj-process beside {PYTHON}={python!r}; make an environment of its own "
-                "(python -m venv dj; "
-                f"dj/bin/pip install py-data-juicer) and set {PYTHON}=dj/bin/python."
+                f"(python -m venv dj; dj/bin/pip install py-data-juicer) and set {PYTHON}=dj/bin/python."
             )
         return command
 

@@ -271,8 +271,7 @@ class _FromExamples(DataOp):
         if self.num_rows and len(usable) < self.example_num:
             raise ValueError(
                 f"{self.name}: {len(usable)} rows can serve as examples and example_num={self.example_num} "
-                "are needed; "
-                "lower example_num or give more rows."
+                "are needed; lower example_num or give more rows."
             )
         generator = random.Random(self.seed)
         return [generator.sample(usable, self.example_num) for _ in range(self.num_rows)]

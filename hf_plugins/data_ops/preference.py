@@ -77,8 +77,7 @@ def ensemble_distance(margins_RN: np.ndarray) -> np.ndarray:
     if empty.any() or np.isinf(margins).any():
         raise ValueError(
             f"{int(empty.sum())} pairs have no margin and {int(np.isinf(margins).sum())} margins are "
-            "infinite; "
-            "score every pair with at least one reward model before denoising."
+            "infinite; score every pair with at least one reward model before denoising."
         )
     return np.nanmean(margins, axis=1)
 

@@ -86,8 +86,7 @@ _VOTE = {
     ),
     "en": (
         "You are a medical expert. Below are {count} answers to one question; name the numbers of the best "
-        "and the "
-        "worst. Criteria in this order: accuracy, safety, fluency, conciseness."
+        "and the worst. Criteria in this order: accuracy, safety, fluency, conciseness."
     ),
 }
 _EXAMPLE = {"zh": "示例", "en": "Example"}

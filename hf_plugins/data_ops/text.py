@@ -89,16 +89,13 @@ def special_characters_ratio(text: str) -> float:
 
 _TAGS = (
     "a abbr article aside audio b big blockquote body br button canvas center code dd div dl dt em "
-    "figcaption "
-    "figure font footer form h1 h2 h3 h4 h5 h6 head header hr html i iframe img input label li link main "
-    "meta "
-    "nav noscript o:p ol option p path pre s script section select small source span strike strong style sub "
-    "sup svg table tbody td textarea tfoot th thead title tr tt u ul video"
+    "figcaption figure font footer form h1 h2 h3 h4 h5 h6 head header hr html i iframe img input label li "
+    "link main meta nav noscript o:p ol option p path pre s script section select small source span strike "
+    "strong style sub sup svg table tbody td textarea tfoot th thead title tr tt u ul video"
 ).split()
 _BLOCKS = (
     "article aside blockquote br dd div dl dt figure footer form h1 h2 h3 h4 h5 h6 header hr li main nav "
-    "ol p pre "
-    "section table tr ul"
+    "ol p pre section table tr ul"
 ).split()
 _names = "|".join(sorted(_TAGS, key=len, reverse=True))
 # Only names that HTML knows are tags: "BP <140 and >90" is text. [^<>] keeps the match linear.

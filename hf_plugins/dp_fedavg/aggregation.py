@@ -88,7 +88,6 @@ def update_noise_multiplier(noise_multiplier: float, count_noise_std: float) -> 
     if not rest > 0:
         raise ValueError(
             f"count_noise_std must be > noise_multiplier / 2 = {noise_multiplier / 2}; got "
-            f"{count_noise_std}. "
-            "A twentieth of the expected users is usual."
+            f"{count_noise_std}. A twentieth of the expected users is usual."
         )
     return rest**-0.5

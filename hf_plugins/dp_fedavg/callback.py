@@ -51,8 +51,7 @@ class BLURCallback(TrainerCallback):
         if args.fp16 or args.deepspeed or args.fsdp:
             raise RuntimeError(
                 "BLURCallback needs whole, unscaled gradients before the step: use bf16 or fp32 on "
-                "one device "
-                "or DDP, not fp16, DeepSpeed or FSDP."
+                "one device or DDP, not fp16, DeepSpeed or FSDP."
             )
         self._start = [p.detach().clone() for p in kwargs["model"].parameters() if p.requires_grad]
 

@@ -54,8 +54,7 @@ def _difference(reply: Message, sent: ArrayRecord, *, layout_job: tuple[Any, Any
     if found is None or not set(layout.names) <= set(found):
         raise ValueError(
             "a train function under user_level_mod must reply with 'update' or with all its new "
-            "weights under "
-            f"'arrays'; got array records {sorted(reply.content.array_records)}."
+            f"weights under 'arrays'; got array records {sorted(reply.content.array_records)}."
         )
     start = from_arrays(layout, sent)
     # More than was sent (buffers) stays where it is.

@@ -22,8 +22,7 @@ class DPFedAvgConfig:
         default=None,
         metadata={
             "help": "Noise on the sum of updates over clipping_norm. None: give target_epsilon. 0 "
-            "is no privacy, "
-            "and the reported epsilon is infinite."
+            "is no privacy, and the reported epsilon is infinite."
         },
     )
     delta: float | None = field(
@@ -37,9 +36,8 @@ class DPFedAvgConfig:
         default="poisson",
         metadata={
             "help": "Cohort of a round. poisson: each user independently with sample_rate; "
-            "neighbours differ by one "
-            "user more or less. fixed: exactly cohort_size users; neighbours replace one user, which the "
-            "accountant charges as twice the sensitivity."
+            "neighbours differ by one user more or less. fixed: exactly cohort_size users; neighbours "
+            "replace one user, which the accountant charges as twice the sensitivity."
         },
     )
     sample_rate: float = field(
@@ -81,16 +79,14 @@ class DPFedAvgConfig:
         default="central",
         metadata={
             "help": "central: the server adds the noise once. shares: each user adds its share, for "
-            "use under "
-            "secure aggregation; a single noisy update is then no protection by itself."
+            "use under secure aggregation; a single noisy update is then no protection by itself."
         },
     )
     missing_shares: Literal["top_up", "stop"] = field(
         default="top_up",
         metadata={
             "help": "When fewer shares come than planned: the server adds what lacks, or the run "
-            "stops (fixed "
-            "sampling only)."
+            "stops (fixed sampling only)."
         },
     )
     quantile: float | None = field(
@@ -115,16 +111,14 @@ class DPFedAvgConfig:
         default=None,
         metadata={
             "help": "Seed of cohorts, batches and noise; whoever knows it can take the noise off. "
-            "None: 62 bits from "
-            "the operating system, kept in secret.json of output_dir only."
+            "None: 62 bits from the operating system, kept in secret.json of output_dir only."
         },
     )
     log_private_statistics: bool = field(
         default=False,
         metadata={
             "help": "Log cohort sizes, training loss, update norms and clip shares. They are "
-            "functions of the users' "
-            "data without noise, so no epsilon covers them."
+            "functions of the users' data without noise, so no epsilon covers them."
         },
     )
 
@@ -164,8 +158,7 @@ class DPFedAvgConfig:
         if self.missing_shares == "stop" and (self.noise_mode, self.sampling) != ("shares", "fixed"):
             wrong.append(
                 "missing_shares='stop' needs noise_mode='shares' and sampling='fixed': a Poisson "
-                "cohort is smaller "
-                "than expected every other round."
+                "cohort is smaller than expected every other round."
             )
         if math.isinf(self.clipping_norm) and (self.target_epsilon or self.noise_multiplier):
             wrong.append("an infinite clipping_norm bounds nothing; noise needs a finite one.")
@@ -223,8 +216,8 @@ class RunConfig:
     task: Literal["images", "characters", "text"] = field(
         metadata={
             "help": "images: IDX files of the MNIST family. characters: LEAF JSON, one user a "
-            "speaker, next-character "
-            "prediction. text: JSON lines with text and label, a pretrained encoder with LoRA."
+            "speaker, next-character prediction. text: JSON lines with text and label, a pretrained encoder "
+            "with LoRA."
         }
     )
     data: str = field(

@@ -16,8 +16,7 @@ def check_private_model(model: nn.Module) -> None:
         ):
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__}: its running statistics are a "
-                "user's data "
-                "that is neither clipped nor noised. Replace it by GroupNorm or LayerNorm."
+                "user's data that is neither clipped nor noised. Replace it by GroupNorm or LayerNorm."
             )
 
 

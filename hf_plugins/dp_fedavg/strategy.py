@@ -119,8 +119,7 @@ class UserLevelDP(Strategy):
         if evaluate_config:
             raise ValueError(
                 "evaluate_config asks clients for figures that no noise covers; give evaluate= or "
-                "evaluate_fn= "
-                "and test on the server."
+                "evaluate_fn= and test on the server."
             )
         rounds = self.num_rounds if num_rounds is None else num_rounds
         if rounds > self.num_rounds:

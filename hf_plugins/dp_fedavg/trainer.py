@@ -164,8 +164,7 @@ class PrivateMean:
         if self.ledger.num_steps >= self.num_rounds and self.noise_multiplier > 0:
             raise RuntimeError(
                 f"the noise was chosen for {self.num_rounds} rounds and all of them are spent; plan "
-                "a new run "
-                "with more rounds, which needs more noise in each."
+                "a new run with more rounds, which needs more noise in each."
             )
         config = self.config
         poisson = config.sampling == "poisson"
@@ -188,8 +187,8 @@ class PrivateMean:
             if std and self.config.missing_shares == "stop":
                 raise RuntimeError(
                     f"round {context.round_index}: {total.count} of {self.expected_users:g} noise "
-                    "shares came, so "
-                    "the sum is under-noised and is not looked at. Run again, or set missing_shares='top_up'."
+                    "shares came, so the sum is under-noised and is not looked at. Run again, or set "
+                    "missing_shares='top_up'."
                 )
         return gaussian(total.sum_D.numel(), std, generator=self._generator(context, "noise"))
 

@@ -340,8 +340,7 @@ class Pipeline:
         if not (self._client("voter_1") or "policy" in self.clients):
             raise ValueError(
                 "preference pairs are voted on by language models, and no client serves voter_1 to "
-                "voter_3; give clients "
-                "or preference_sources."
+                "voter_3; give clients or preference_sources."
             )
         self.clients.setdefault("policy", TransformersChat(str(self.sft)))
         ops = [

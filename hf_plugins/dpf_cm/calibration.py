@@ -84,16 +84,13 @@ def calibrate(
     if found.true_positive_rate < min_tpr:
         raise CalibrationError(
             f"the guard would let {100 * (1 - found.true_positive_rate):.1f} % of the stored "
-            "prompts through (threshold "
-            f"{t:.4f}, allowed {100 * (1 - min_tpr):.1f} %). Take benign prompts out that repeat "
-            "stored ones, try "
-            "another layer, or raise max_fpr."
+            f"prompts through (threshold {t:.4f}, allowed {100 * (1 - min_tpr):.1f} %). Take benign prompts "
+            "out that repeat stored ones, try another layer, or raise max_fpr."
         )
     if found.false_positive_rate > max_fpr:
         raise CalibrationError(
             f"a fixed threshold of {t:g} fires on {100 * found.false_positive_rate:.1f} % of benign "
-            "prompts, allowed are "
-            f"{100 * max_fpr:.1f} %; leave threshold unset, so that it is calibrated."
+            f"prompts, allowed are {100 * max_fpr:.1f} %; leave threshold unset, so that it is calibrated."
         )
     return found
 

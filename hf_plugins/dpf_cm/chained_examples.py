@@ -23,15 +23,12 @@ _WORDS = {
     "en": {
         "system": (
             "You are a medical expert who writes instructions: how a patient's question should be "
-            "answered. The "
-            "examples below get better from one to the next. Continue this progression for the new "
-            "question. Write "
-            "the instruction only."
+            "answered. The examples below get better from one to the next. Continue this progression for the "
+            "new question. Write the instruction only."
         ),
         "plain": (
             "You are a medical expert who writes instructions: how a patient's question should be "
-            "answered. Follow "
-            "the examples for the new question. Write the instruction only."
+            "answered. Follow the examples for the new question. Write the instruction only."
         ),
         "first": "Use the example above to write an instruction for the question below.",
         "next": "Use the previous generation process to write a better instruction for the question below.",
@@ -118,8 +115,7 @@ def draw_graded(pool: Sequence[Example], count: int, generator: random.Random) -
     if len(levels) < count:
         raise ValueError(
             f"{count} examples of different scores are needed and the pool has {len(levels)} "
-            "distinct scores; lower "
-            "num_examples or score more seeds."
+            "distinct scores; lower num_examples or score more seeds."
         )
     scores = [example.score for example in ordered]
     drawn = []

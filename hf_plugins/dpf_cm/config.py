@@ -46,8 +46,7 @@ class PPVDConfig:
     output_guard: Literal["block", "replace", "off"] = _option(
         "block",
         "What happens when generated text runs into a private answer: block the token that "
-        "completes an n-gram, "
-        "replace the whole answer, or nothing (the paper).",
+        "completes an n-gram, replace the whole answer, or nothing (the paper).",
     )
     ngram: int = _option(10, "Length of those n-grams, in tokens.")
     output_share: float = _option(
@@ -57,8 +56,7 @@ class PPVDConfig:
     protect: Literal["none", "sketch", "encrypt"] = _option(
         "none",
         "How stored keys are protected: not at all, as a keyed sign sketch, or sealed with "
-        "AES-256-GCM. Hidden states "
-        "can be turned back into text.",
+        "AES-256-GCM. Hidden states can be turned back into text.",
     )
     sketch_bits: int = _option(2048, "Bits of a sketch.")
     batch_size: int = _option(8, "Texts run through the model at once.")

@@ -909,8 +909,7 @@ def _secret(config: PPVDConfig, key: bytes | None, salt: bytes | None = None) ->
     if key is None or len(key) != 32:
         raise ValueError(
             f"protect={config.protect!r} needs a key of 32 bytes that lies elsewhere than the data; "
-            "make one with "
-            "`mmhf dpf-cm ppvd key FILE` and give it by --key-file."
+            "make one with `mmhf dpf-cm ppvd key FILE` and give it by --key-file."
         )
     return bytes.fromhex(digest("mmhf.ppvd.secret", key.hex()))
 

@@ -128,8 +128,7 @@ def render_page(report: Mapping[str, Any]) -> str:
             "<h2>What the model gives away, before and behind the guard</h2>"
             f'<p class="soft">{leak["num_samples"]} samples that the model repeats. ROUGE-L on '
             "characters (Chinese) or words; exact: the private text stands in the reply whole. A guard "
-            "against "
-            "found samples and these attacks, not a guarantee.</p>"
+            "against found samples and these attacks, not a guarantee.</p>"
         )
         columns = {
             "attack": "attack",

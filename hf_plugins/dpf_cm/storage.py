@@ -66,8 +66,7 @@ def check_rows(rows: Rows, width: int | None) -> None:
     if len(norms) and norms.min() < 1e-6:
         raise ValueError(
             f"{int((norms < 1e-6).sum())} vectors are zero and have no direction to compare; a "
-            "sample without "
-            "content tokens cannot be stored."
+            "sample without content tokens cannot be stored."
         )
     if not all(rows.ids):
         raise ValueError("every row needs an id that is not empty; forget() finds it by that.")
@@ -226,8 +225,7 @@ def locked(path: Path, wait: float = 10.0) -> Iterator[None]:
                 if time.monotonic() >= until:
                     raise StoreBusy(
                         f"another process writes to {path.parent}; wait for it, or use the lancedb "
-                        "store, which takes "
-                        "several writers."
+                        "store, which takes several writers."
                     ) from error
                 time.sleep(0.05)
         yield

@@ -46,8 +46,7 @@ class LeakageCallback(TrainerCallback):
         if not fit_ids or not test_ids or every < 1:
             raise ValueError(
                 f"the callback needs texts to fit and to attack and every >= 1; got {len(fit_ids)}, "
-                f"{len(test_ids)}, "
-                f"{every}."
+                f"{len(test_ids)}, {every}."
             )
         self.layer, self.fit_ids, self.test_ids = layer, fit_ids, test_ids
         self.every, self.defence, self.seed = every, defence or NoDefence(), seed

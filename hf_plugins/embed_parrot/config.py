@@ -21,8 +21,7 @@ class LeakScanConfig:
     attacks: tuple[str, ...] = _option(
         ("bei", "bei_norm", "hei", "ridge", "vocab"),
         "Of bei (own head), bei_norm (own norm and head), hei (nearest embedding), ridge (linear map), "
-        "parrot "
-        "(trained inverter), vocab (exact matching, causal models).",
+        "parrot (trained inverter), vocab (exact matching, causal models).",
     )
     defences: tuple[str, ...] = _option(
         ("none",), "Short forms such as none, dct:window=8, gauss:0.5, dx:40@embedding, int8, permute."

@@ -49,8 +49,7 @@ def _row_text(row: dict[str, Any], field: str | None, path: Path) -> str:
     if not names or names[0] not in row:
         raise ValueError(
             f"{path}: no text field {field or ' / '.join(_TEXT_FIELDS)} in a row with {', '.join(row)}; "
-            f"name it "
-            "behind the path, as in data.jsonl:body."
+            "name it behind the path, as in data.jsonl:body."
         )
     return str(row[names[0]])
 
@@ -154,8 +153,7 @@ class StatesDataset(Dataset):
         if not states or [len(x) for x in states] != [len(x) for x in ids]:
             raise ValueError(
                 f"each text needs as many states as tokens; got {sum(map(len, states))} states of "
-                f"{len(states)} texts "
-                f"and {sum(map(len, ids))} tokens of {len(ids)}."
+                f"{len(states)} texts and {sum(map(len, ids))} tokens of {len(ids)}."
             )
         self.states, self.ids = states, ids
 

@@ -40,8 +40,7 @@ def transformer_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     if config.is_encoder_decoder:
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder; the attacks need one stack of layers. Pass its "
-            f"encoder "
-            "alone, for example model.get_encoder()."
+            "encoder alone, for example model.get_encoder()."
         )
     count = config.num_hidden_layers
     found = [
@@ -54,8 +53,7 @@ def transformer_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
         lengths = sorted({len(m) for m in model.modules() if isinstance(m, nn.ModuleList)})
         raise ValueError(
             f"no list of {count} layers in {type(model).__name__} (its lists have lengths {lengths}); only "
-            f"models "
-            "whose layers stand in one ModuleList of config.num_hidden_layers can be tapped."
+            "models whose layers stand in one ModuleList of config.num_hidden_layers can be tapped."
         )
     # A mixture of experts may hold lists of the same length inside a layer; the stack is the largest.
     return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))

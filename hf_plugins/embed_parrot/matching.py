@@ -71,8 +71,7 @@ def best_rows(query_TD: Tensor, table_VD: Tensor, twins_V: Tensor, *, top: int =
     if query_TD.shape[1] != table_VD.shape[1]:
         raise ValueError(
             f"hidden states have width {query_TD.shape[1]}, the table has {table_VD.shape[1]}; attack the "
-            f"states "
-            "of the model that this table belongs to, or map them to its width first."
+            "states of the model that this table belongs to, or map them to its width first."
         )
     if not 1 <= top <= table_VD.shape[0]:
         raise ValueError(f"top must lie in 1 .. {table_VD.shape[0]} (rows of the table); got {top}.")
@@ -80,8 +79,7 @@ def best_rows(query_TD: Tensor, table_VD: Tensor, twins_V: Tensor, *, top: int =
         bad = int((~torch.isfinite(query_TD)).any(1).sum())
         raise ValueError(
             f"{bad} of {len(query_TD)} hidden states hold NaN or infinity; look for overflow in the "
-            f"model's dtype "
-            "before you attack it."
+            "model's dtype before you attack it."
         )
     ids, scores = [], []
     twins_V = twins_V.to(query_TD.device)

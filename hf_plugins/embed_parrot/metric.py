@@ -49,8 +49,7 @@ _PENALTIES = (1e-6, 1e-4, 1e-2)
 _RANKED = 16
 _ASSUMED = (
     "The attacker sees the hidden states of every token and knows the model's weights, and has public text "
-    "to fit "
-    "on; the text attacked is never part of it."
+    "to fit on; the text attacked is never part of it."
 )
 
 Parts = dict[str, list[Tensor]]

@@ -248,8 +248,7 @@ class EmbedParrot(PreTrainedModel):
         if hidden.shape[1] > self.num_positions:
             raise ValueError(
                 f"{hidden.shape[1]} positions, but the decode model has {self.num_positions}; cut the "
-                f"texts into "
-                "windows or take a decode model with more."
+                "texts into windows or take a decode model with more."
             )
         if position_ids is None and bool((mask[:, 0] == 0).any()):
             raise ValueError("states are padded on the left; pad on the right or pass position_ids.")

@@ -186,8 +186,7 @@ def _charts(report: Mapping[str, Any]) -> str:
         figures.append(chart(f"Tokens read back: {name}", lines, num_layers=report["num_layers"]))
     return (
         "<h2>Without a defence</h2><p>Share of tokens guessed right at their position, by how deep the "
-        "states were "
-        "taken. Bands are 95 % intervals over texts.</p>"
+        "states were taken. Bands are 95 % intervals over texts.</p>"
         f'{_key(attacks)}<div class="charts">{"".join(figures)}</div>'
     )
 
@@ -214,8 +213,7 @@ def _heat(report: Mapping[str, Any]) -> str:
     return (
         "<h2>One text, token by token</h2><p>The stronger the colour, the more of the attacks "
         f"({', '.join(next(iter(sample['layers'].values())))}) recovered that token at that depth. Point "
-        f"at a token to "
-        f"see the guesses.</p>{''.join(rows)}"
+        f"at a token to see the guesses.</p>{''.join(rows)}"
     )
 
 
@@ -256,11 +254,9 @@ def _defences(report: Mapping[str, Any]) -> str:
     columns = ["defence", "cut", "naive attacker, best", "adaptive attacker, best", "use of the model"]
     return (
         "<h2>With a defence</h2><p>A naive attacker does not know of the defence; an adaptive one does, "
-        "and fits its "
-        "attacks under it. <b>Only the adaptive column counts</b>: a defence that is fixed, or whose key "
-        "the model's "
-        "side must share, is a code and no secret. What it costs stands beside it.</p>"
-        f"{table(columns, rows, num_text=2)}<p class=soft>Use of the model: "
+        "and fits its attacks under it. <b>Only the adaptive column counts</b>: a defence that is fixed, or "
+        "whose key the model's side must share, is a code and no secret. What it costs stands beside "
+        f"it.</p>{table(columns, rows, num_text=2)}<p class=soft>Use of the model: "
         f"{html.escape(used)}.</p><ul>{knows}</ul>"
     )
 
@@ -268,13 +264,11 @@ def _defences(report: Mapping[str, Any]) -> str:
 def _meaning(report: Mapping[str, Any]) -> str:
     points = [
         "Hidden states are not anonymous: a state of this width carries far more bits than the choice of a "
-        "token needs, "
-        "so depth alone hides nothing from an attacker who can run the model.",
+        "token needs, so depth alone hides nothing from an attacker who can run the model.",
         "Fixed transforms, permutations and 8-bit rounding are no protection. What helps is that the "
-        "states are never "
-        "seen in the clear: encrypt the channel and compute in an attested enclave (in this suite: "
-        "<code>mmhf "
-        "tee-split</code>), or noise so strong that the model's use suffers, as the table shows.",
+        "states are never seen in the clear: encrypt the channel and compute in an attested enclave (in this "
+        "suite: <code>mmhf tee-split</code>), or noise so strong that the model's use suffers, as the table "
+        "shows.",
         "A low figure means that these attacks failed with this much public text, not that the states are "
         "safe.",
     ]

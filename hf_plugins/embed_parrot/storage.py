@@ -92,8 +92,7 @@ def load_states(path: str | Path) -> ExportedStates:
         if not {"codebook", "ids", "lengths"} <= names or not layers:
             raise ValueError(
                 f"{path} holds {', '.join(sorted(names)[:6])}; exported states need codebook, ids, lengths "
-                f"and "
-                "layer.0 ... (write them with export_states or `mmhf leak-scan export`)."
+                "and layer.0 ... (write them with export_states or `mmhf leak-scan export`)."
             )
         lengths = file.get_tensor("lengths").tolist()
         ids = file.get_tensor("ids")

@@ -81,8 +81,8 @@ def _prune(args: argparse.Namespace) -> int:
         totals = report["totals"]
         print(
             f"{totals['tensors_pruned']} tensors, {totals['kept']:,} of {totals['entries']:,} entries "
-            "kept, effective "
-            f"density {totals['effective_density']:.4f}, {report['seconds']:.1f} s -> {paths['out']}"
+            f"kept, effective density {totals['effective_density']:.4f}, {report['seconds']:.1f} s -> "
+            f"{paths['out']}"
         )
     return 0
 

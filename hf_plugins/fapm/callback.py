@@ -55,9 +55,8 @@ class FAPMCallback(TrainerCallback):
         if args.deepspeed or args.fsdp:
             raise ValueError(
                 "FAPMCallback needs whole weights, and DeepSpeed or FSDP shards them. Train without "
-                "it, consolidate "
-                "the checkpoint (`accelerate merge-weights`, zero_to_fp32.py) and run `mmhf fapm BASE "
-                "FINETUNED OUT`."
+                "it, consolidate the checkpoint (`accelerate merge-weights`, zero_to_fp32.py) and run `mmhf "
+                "fapm BASE FINETUNED OUT`."
             )
         if not (self.base / "config.json").is_file():
             raise ValueError(

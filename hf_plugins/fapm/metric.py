@@ -51,8 +51,7 @@ def _check(keeps: Sequence[float], config: FAPMConfig) -> None:
     if config.is_global or config.method in ("dare", "wise_ft"):
         raise ValueError(
             f"a keep curve needs per-tensor masks that nest; method {config.method!r} with scope "
-            f"{config.scope!r} has "
-            "none. Use fapm, magnitude or relative."
+            f"{config.scope!r} has none. Use fapm, magnitude or relative."
         )
 
 

@@ -118,8 +118,7 @@ class _Inputs:
             if side is not None and side.config().get("quantization_config"):
                 raise ValueError(
                     f"{side.folder} is quantised (quantization_config in its config.json); FAPM needs "
-                    "the weights "
-                    "themselves. Use the unquantised checkpoint."
+                    "the weights themselves. Use the unquantised checkpoint."
                 )
         if self.adapter:
             check_fits(self.adapter, self.base)
@@ -231,16 +230,15 @@ def _job(entry: Entry, tuned: Entry, planned: Planned, keep: float) -> Job:
     else:
         raise ValueError(
             f"{entry.name} has shape {entry.shape} in the base and {tuned.shape} in the fine-tuned "
-            "model. Give the "
-            "base that was fine-tuned; if layers or rows were pruned before, that is the pruned base."
+            "model. Give the base that was fine-tuned; if layers or rows were pruned before, that is the "
+            "pruned base."
         )
     if entry.dtype not in FLOATS:
         return Job(entry.name, "tuned", 1.0, planned._replace(dtype=tuned.dtype), entry, tuned)
     if tuned.dtype not in FLOATS:
         raise ValueError(
             f"{entry.name} is {entry.dtype} in the base and {tuned.dtype} in the fine-tuned model, a "
-            "quantised "
-            "format. Use the unquantised checkpoint."
+            "quantised format. Use the unquantised checkpoint."
         )
     return Job(entry.name, "prune" if keep else "base", keep, planned, entry, tuned, rest)
 
@@ -259,8 +257,7 @@ def _check_missing(missing: list[str], extra: list[Entry], inputs: _Inputs) -> N
     shown = "; ".join(f"{name}{f' (nearest: {found[0]})' if found else ''}" for name, found in near.items())
     raise ValueError(
         f"{inputs.tuned.folder} lacks {len(missing)} of {len(inputs.base.entries)} tensors of the base, "
-        f"e.g. {shown}; "
-        f"it has {len(extra)} that the base lacks. Both must be saved by the same model class."
+        f"e.g. {shown}; it has {len(extra)} that the base lacks. Both must be saved by the same model class."
     )
 
 
@@ -416,8 +413,7 @@ class _SidecarWriter:
             if job.rest or job.base is None:
                 raise ValueError(
                     f"{job.name} is new or has new rows in the fine-tuned model: a sidecar holds "
-                    "changes of tensors "
-                    "that the base has. Write the full model instead."
+                    "changes of tensors that the base has. Write the full model instead."
                 )
             if job.action != "prune":
                 continue
@@ -426,8 +422,7 @@ class _SidecarWriter:
             if job.planned.dtype != job.base.dtype and job.planned.dtype not in _HOLDS[job.base.dtype]:
                 raise ValueError(
                     f"{job.name} is {job.base.dtype} in the base: a sidecar in {job.planned.dtype} "
-                    "could not give it back "
-                    "when it is removed. Use out_dtype float32, or None."
+                    "could not give it back when it is removed. Use out_dtype float32, or None."
                 )
             if job.planned.dtype == job.base.dtype:
                 bits = {2: "I16", 4: "I32", 8: "I64"}[job.base.itemsize]
@@ -508,10 +503,9 @@ def _report(
     elif effective < expected / 2:
         warnings.append(
             f"effective density is {effective:.4f} where {expected:.4f} was kept: most of the kept "
-            "entries are equal "
-            "to the pre-trained ones as stored. The updates are too small for this dtype at the "
-            "weights FAPM prefers; "
-            "prune fp32 weights or the LoRA factors, with out_dtype float32 or a sidecar."
+            "entries are equal to the pre-trained ones as stored. The updates are too small for this dtype "
+            "at the weights FAPM prefers; prune fp32 weights or the LoRA factors, with out_dtype float32 or "
+            "a sidecar."
         )
     by_magnitude = sorted(name for name, s in stats.items() if s.by_magnitude)
     if by_magnitude:

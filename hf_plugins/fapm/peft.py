@@ -115,8 +115,8 @@ def read_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adap
     if kind != "LORA" or config.get("lora_bias"):
         raise ValueError(
             f"adapter of type {kind}{' with lora_bias' if kind == 'LORA' else ''}: only plain LoRA, "
-            "rsLoRA and "
-            "DoRA are read from factors. Merge it in fp32 (merge_and_unload) and give the merged folder."
+            "rsLoRA and DoRA are read from factors. Merge it in fp32 (merge_and_unload) and give the merged "
+            "folder."
         )
     parts: dict[tuple[str, bool], dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
@@ -142,8 +142,7 @@ def _factors(
     if a.dim() != 2:
         raise ValueError(
             f"{module}: LoRA on a convolution is not read from factors. Merge it in fp32 "
-            "(merge_and_unload) and "
-            "give the merged folder."
+            "(merge_and_unload) and give the merged folder."
         )
     alpha = _pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     scale = alpha / a.shape[0] ** (0.5 if config.get("use_rslora") else 1.0)

@@ -142,9 +142,8 @@ def shard_paths(folder: Path) -> list[Path]:
     if not paths:
         raise FileNotFoundError(
             f"{folder} holds neither {SINGLE} nor {INDEX} nor {ADAPTER}. Save the model with "
-            "save_pretrained; "
-            "a sharded FSDP or DeepSpeed checkpoint must be consolidated first (`accelerate merge-weights`, "
-            "zero_to_fp32.py)."
+            "save_pretrained; a sharded FSDP or DeepSpeed checkpoint must be consolidated first (`accelerate "
+            "merge-weights`, zero_to_fp32.py)."
         )
     return paths
 

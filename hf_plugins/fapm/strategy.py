@@ -56,8 +56,7 @@ def register_mergekit() -> Any:
     except ImportError as error:
         raise ImportError(
             "mergekit >= 0.1.5 is not installed here (pip install mergekit; LGPL-3.0). `mmhf fapm BASE "
-            "FINETUNED OUT` "
-            "needs none."
+            "FINETUNED OUT` needs none."
         ) from error
 
     def fapm(group: TensorGroup, density: PerNonBase[float] = 0.1, weight: PerNonBase[float] = 1.0) -> Tensor:

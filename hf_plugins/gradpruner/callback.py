@@ -131,8 +131,8 @@ class GradPrunerCallback(TrainerCallback):
         if not (folder / SCORES_FILE).is_file():
             raise ValueError(
                 f"training resumes at step {state.global_step}, but {folder} holds no {SCORES_FILE}: the "
-                "steps before "
-                "would be missing. Name the checkpoint by resume_from=, or start the scoring run anew."
+                "steps before would be missing. Name the checkpoint by resume_from=, or start the scoring "
+                "run anew."
             )
         self.record = read_scores(folder)
         self.history = self._new_history(args, state)
@@ -149,8 +149,7 @@ class GradPrunerCallback(TrainerCallback):
         if whole and rows / whole < 0.0005:
             logger.warning(
                 f"scores will rest on {rows} of {whole} rows, below 0.05 % of the data, where the paper's "
-                "ranking "
-                "breaks down. Raise num_steps or the batch size."
+                "ranking breaks down. Raise num_steps or the batch size."
             )
 
     def on_pre_optimizer_step(
@@ -215,8 +214,7 @@ class GradPrunerCallback(TrainerCallback):
         if self._target and not self.done:
             logger.warning(
                 f"training ended after {len(self.record.norms)} scored steps, {self._target} were wanted; "
-                "scores rest "
-                "on those. Train longer or lower num_steps."
+                "scores rest on those. Train longer or lower num_steps."
             )
         self._detach()
         self.scores()
@@ -261,8 +259,7 @@ def find_lora_modules(model: nn.Module) -> tuple[dict[Module, LoraLayer], int]:
             if not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
                 raise ValueError(
                     f"LoRA on {type(module.get_base_layer()).__name__} (layer {number}, {name}) cannot be "
-                    "scored; only "
-                    "linear modules can. Take it out of target_modules."
+                    "scored; only linear modules can. Take it out of target_modules."
                 )
             if len(module.active_adapters) != 1 or any(module.use_dora.values()):
                 raise ValueError(
@@ -329,8 +326,7 @@ def _step_factors(key: Module, module: LoraLayer, estimator: str) -> tuple[Tenso
     if a.grad is None or b.grad is None:
         raise RuntimeError(
             f"LoRA of layer {key[0]}, {key[1]} has no gradient: it is frozen or was not used in the "
-            "forward pass. "
-            "Train every adapter of the layers, or take the module out of target_modules."
+            "forward pass. Train every adapter of the layers, or take the module out of target_modules."
         )
     parts = (_whole(a.detach()), _whole(b.detach()), _whole(a.grad), _whole(b.grad))
     return simulated_gradient(*parts, estimator=estimator)  # type: ignore[arg-type]

@@ -26,8 +26,7 @@ class GradPrunerConfig:
         default="product",
         metadata=_note(
             "Gradient of a weight: `product` g_B g_A (paper), `first_order` g_B A + B g_A - g_B g_A, "
-            "`exact` the true "
-            "one, not clipped (one process, no accumulation)."
+            "`exact` the true one, not clipped (one process, no accumulation)."
         ),
     )
     score: Literal["squared", "fro"] = field(

@@ -148,7 +148,7 @@ def layer_scores(scores_TL: Tensor) -> Tensor:
     if not scores_TL.any():
         raise ValueError(
             f"all {len(scores_TL)} collected steps have score 0: LoRA starts with B = 0, so the first step "
-            "(and the "
-            "second, if warm-up starts at learning rate 0) says nothing. Collect more steps: num_steps=40."
+            "(and the second, if warm-up starts at learning rate 0) says nothing. Collect more steps: "
+            "num_steps=40."
         )
     return scores_TL.mean(0)

@@ -57,8 +57,7 @@ def prune_model(
     if isinstance(model, PeftModel):
         raise TypeError(
             "prune_model works on the base model; call model.unload() first. The adapter of the scoring "
-            "run is thrown "
-            "away, merging it would change the base weights."
+            "run is thrown away, merging it would change the base weights."
         )
     layers = find_decoder_layers(model).modules
     check_plan(plan, len(layers), has_history=history is not None)
@@ -85,8 +84,7 @@ def _matrix(layer: nn.Module, name: str) -> Tensor:
     if weight.ndim != 2 or not weight.is_floating_point():
         raise TypeError(
             f"{name} holds {weight.dtype} of shape {tuple(weight.shape)}: quantised weights cannot be "
-            "merged. "
-            "Load the model unquantised, or run `mmhf gradpruner apply` on its original checkpoint."
+            "merged. Load the model unquantised, or run `mmhf gradpruner apply` on its original checkpoint."
         )
     return weight.data
 

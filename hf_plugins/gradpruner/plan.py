@@ -163,8 +163,7 @@ def plan_pruning(
         if not 0 <= count <= min(len(free), num_layers - 1):
             raise ValueError(
                 f"{count} of {num_layers} layers shall go, but only 0 to {min(len(free), num_layers - 1)} "
-                "can: "
-                f"{len(kept_anyway)} are protected ({sorted(kept_anyway)}). Lower n_prune or ratio, or "
+                f"can: {len(kept_anyway)} are protected ({sorted(kept_anyway)}). Lower n_prune or ratio, or "
                 "shorten protect."
             )
         chosen = set(free[:count])

@@ -116,8 +116,7 @@ class FileMatrix:
         if entry.dtype not in FLOATS:
             raise TypeError(
                 f"{entry.path.name} holds {entry.dtype}: quantised weights cannot be merged. Run on the "
-                "original "
-                "checkpoint in bf16, fp16 or fp32, or merge nothing (n_merge=0)."
+                "original checkpoint in bf16, fp16 or fp32, or merge nothing (n_merge=0)."
             )
         self.entry, self.dtype = entry, FLOATS[entry.dtype]
 

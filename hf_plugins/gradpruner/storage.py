@@ -117,8 +117,7 @@ class GradientHistory:
         if len(self) != num_steps:
             raise ValueError(
                 f"the history holds {len(self)} steps and the checkpoint speaks of {num_steps}. Resume "
-                "with the files "
-                f"of {self.folder or 'the checkpoint'}, or start the scoring run anew."
+                f"with the files of {self.folder or 'the checkpoint'}, or start the scoring run anew."
             )
 
     def save(self, folder: Path) -> None:
@@ -159,8 +158,7 @@ class GradientHistory:
         if name not in self.modules(layer):
             raise KeyError(
                 f"no gradient factors of layer {layer}, module {name!r}; collect again with history=memory "
-                "or disk "
-                f"(kept: {self.modules(layer) or 'none of this layer'})."
+                f"or disk (kept: {self.modules(layer) or 'none of this layer'})."
             )
         key = f"{layer}.{name}"
         if self.folder is None:
@@ -274,8 +272,7 @@ class _Source(NamedTuple):
         if key not in self.entries:
             raise ValueError(
                 f"{key} is not in the checkpoint, but the plan merges it. Score and shorten the same "
-                "model, in the "
-                "layout that save_pretrained() writes."
+                "model, in the layout that save_pretrained() writes."
             )
         return key
 

@@ -243,8 +243,7 @@ class FlowerTransport:
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"{len(nodes)} of {self.num_nodes} nodes have connected within {self.timeout:g} "
-                    "s; start the "
-                    "missing SuperNodes, or lower num_nodes."
+                    "s; start the missing SuperNodes, or lower num_nodes."
                 )
             time.sleep(self.poll)
         return nodes

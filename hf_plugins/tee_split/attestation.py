@@ -334,8 +334,8 @@ class NitroProvider:
         """
         raise AttestationError(
             f"documents of {self.device} are asked for with AWS's aws-nitro-enclaves-nsm-api; "
-            f"{len(report_data)} bytes of "
-            "user data wait. This suite verifies such documents, it does not fetch them."
+            f"{len(report_data)} bytes of user data wait. This suite verifies such documents, it does not "
+            "fetch them."
         )
 
 

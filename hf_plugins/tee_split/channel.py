@@ -170,8 +170,7 @@ class Channel:
         if length > self.max_send:
             raise ValueError(
                 f"the message has {length} bytes; the peer reads {self.max_send}. Send fewer samples at "
-                "once, or "
-                "raise max_frame_mb on both sides."
+                "once, or raise max_frame_mb on both sides."
             )
         with self._sending:
             self.bytes_sent += _write(self._stream, self._sealer.seal(kind, parts), timeout=self.timeout)

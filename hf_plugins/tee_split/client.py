@@ -217,8 +217,7 @@ class SplitClient:
         if applied < self._sealed:
             raise RollbackError(
                 f"the server is at step {applied}, but had sealed step {self._sealed}: its store was set "
-                "back. Find out "
-                "who did that before any data are sent again."
+                "back. Find out who did that before any data are sent again."
             )
         self._sealed = max(self._sealed, durable)
 

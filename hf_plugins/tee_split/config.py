@@ -19,8 +19,7 @@ class SPFConfig:
         default=0.05,
         metadata=_note(
             "Share of heads and of feed-forward rows that learn, in [0, 1]; 0 turns SPF off. The paper's 0.5 "
-            "trains a "
-            "third of a layer."
+            "trains a third of a layer."
         ),
     )
     select: Literal["top", "bottom", "random"] = field(
@@ -63,8 +62,7 @@ class LinkConfig:
         default="cache",
         metadata=_note(
             "cache: samples are encoded and sent once, the server trains alone. stream: the client sends "
-            "every batch. "
-            "bidirectional: also returns the gradient, for a client half that learns."
+            "every batch. bidirectional: also returns the gradient, for a client half that learns."
         ),
     )
     dtype: Literal["float32", "bfloat16"] = field(

@@ -78,15 +78,14 @@ def check_supported(config: PreTrainedConfig) -> None:
     if kind not in VERIFIED:
         raise NotImplementedError(
             f"model type {kind!r} has not been verified. Run `mmhf tee-split verify MODEL`; if it reports "
-            "bit-equal "
-            "halves, pass allow_unverified=True."
+            "bit-equal halves, pass allow_unverified=True."
         )
     # Granite multiplies its embeddings on every call, also those that are handed in.
     if getattr(config, "embedding_multiplier", 1.0) != 1.0:
         raise NotImplementedError(
             f"model type {kind!r} with embedding_multiplier={config.embedding_multiplier} cannot be split: "
-            "the server "
-            "would multiply the hidden state once more. Fold the factor into the embedding weights first."
+            "the server would multiply the hidden state once more. Fold the factor into the embedding "
+            "weights first."
         )
 
 
@@ -104,8 +103,7 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
     if norm is None or base is model:
         raise NotImplementedError(
             f"{type(model).__name__} has no final norm under {NORMS} beside its layers; only decoder-only "
-            "causal "
-            "language models are split."
+            "causal language models are split."
         )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return DecoderParts(
@@ -303,8 +301,7 @@ def _read(folder: Path, names: list[str], parts: DecoderParts) -> tuple[dict[str
         if stored is None:
             raise KeyError(
                 f"the checkpoint in {folder} has no tensor {name!r}: it does not belong to its config.json, "
-                "or stores "
-                "its experts under other names. Load the whole model with from_pretrained and call "
+                "or stores its experts under other names. Load the whole model with from_pretrained and call "
                 "split_model."
             )
         by_file.setdefault(where[stored], []).append((name, stored))

@@ -88,8 +88,7 @@ def projections(model: PreTrainedModel, layers: range, *, attention: bool, ffn: 
             missing = "attention" if attention and not mine else "feed-forward"
             raise NotImplementedError(
                 f"SPF knows no {missing} matrix in {here}; it looks for {sorted(ATTENTION | FEED_FORWARD)}. "
-                "Turn "
-                f"{'attention' if missing == 'attention' else 'ffn'} off for this model."
+                f"Turn {'attention' if missing == 'attention' else 'ffn'} off for this model."
             )
         found += mine + forward
     return found

@@ -142,8 +142,7 @@ class TailServer:
         if config.mode != "cache" and self.state.num_processes > 1:
             raise ValueError(
                 f"mode={config.mode!r} runs on one process, not {self.state.num_processes}: the client paces "
-                "every batch. "
-                "Use mode='cache' under accelerate launch."
+                "every batch. Use mode='cache' under accelerate launch."
             )
         self._scratch = self._make_scratch()
         self.arguments = self._own_arguments(arguments)

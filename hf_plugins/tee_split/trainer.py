@@ -290,8 +290,7 @@ class SplitTrainer(Trainer):
         if args.max_grad_norm:
             raise ValueError(
                 f"max_grad_norm={args.max_grad_norm}: the gradient lies on two machines. Set 0 here, and the "
-                "bound on the "
-                "server, which clips its own part."
+                "bound on the server, which clips its own part."
             )
         args.remove_unused_columns = False
         self.client, self._front = client, front

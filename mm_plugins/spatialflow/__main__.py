@@ -172,8 +172,7 @@ def _convert(args: argparse.Namespace) -> int:
         if wrong:
             raise ValueError(
                 f"the checkpoint is not of the model of {args.config}: {len(wrong)} names or shapes "
-                f"differ, first "
-                f"{wrong[0]!r}. Give the config of the same backbone and variant."
+                f"differ, first {wrong[0]!r}. Give the config of the same backbone and variant."
             )
     _write(args.out, lambda path: torch.save({"state_dict": weights, "meta": {}}, path))
     print(f"{args.out}: {len(weights)} entries")

@@ -33,8 +33,7 @@ def check_annotations(content: Mapping[str, Any], name: str) -> None:
         if not {"id", "name", "isthing"} <= set(category):
             raise ValueError(
                 f"{name}: category {category} lacks {sorted({'id', 'name', 'isthing'} - set(category))}. "
-                f"Each "
-                "needs id, name, and isthing (1 for countable objects, 0 for stuff)."
+                "Each needs id, name, and isthing (1 for countable objects, 0 for stuff)."
             )
     known = {category["id"] for category in content["categories"]}
     for annotation in content["annotations"]:
@@ -48,8 +47,7 @@ def check_annotations(content: Mapping[str, Any], name: str) -> None:
         if len(set(ids)) < len(ids) or None in ids or VOID in ids:
             raise ValueError(
                 f"{where}: segment ids must differ from one another and from {VOID}, which is void; got "
-                f"{ids}. "
-                "Number the segments of an image from 1, in JSON and PNG alike."
+                f"{ids}. Number the segments of an image from 1, in JSON and PNG alike."
             )
         for segment in annotation["segments_info"]:
             if segment.get("category_id") not in known:
@@ -126,8 +124,7 @@ def check_picture(ids_HW: np.ndarray, segments: Sequence[Mapping[str, Any]], nam
     if unlisted:
         raise ValueError(
             f"{name}: the PNG has segments {unlisted[:5]} that the JSON does not list. Add their category, "
-            f"or "
-            "paint them 0 (void)."
+            "or paint them 0 (void)."
         )
     if absent:
         raise ValueError(f"{name}: the JSON lists segments {absent[:5]} that the PNG does not have; {MEND}.")
@@ -135,8 +132,7 @@ def check_picture(ids_HW: np.ndarray, segments: Sequence[Mapping[str, Any]], nam
         if "area" in segment and segment["area"] != areas[key]:
             raise ValueError(
                 f"{name}: segment {key} has area {segment['area']} in the JSON and {areas[key]} pixels in "
-                f"the "
-                f"PNG. Was the PNG resized? Otherwise, {MEND}."
+                f"the PNG. Was the PNG resized? Otherwise, {MEND}."
             )
 
 

@@ -52,8 +52,7 @@ def convert_release(
         raise ValueError(
             f"these are not the release's weights: unknown {strange[:3]}, nothing that starts with {absent}. "
             "Give the state dict of a SpatialFlow checkpoint of chensnathan/SpatialFlow; one of this suite "
-            "needs "
-            "no conversion."
+            "needs no conversion."
         )
     converted = {}
     for name, tensor in weights.items():
@@ -62,8 +61,7 @@ def convert_release(
             if not 0 <= things_channel < len(tensor):
                 raise ValueError(
                     f"things_channel={things_channel} is none of the {len(tensor)} channels of {name}. "
-                    f"Count the "
-                    "stuff categories whose id is smaller than that of things-other."
+                    "Count the stuff categories whose id is smaller than that of things-other."
                 )
             tensor = things_last(tensor, things_channel)
         converted[PREFIXES[prefix] + name.removeprefix(prefix)] = tensor

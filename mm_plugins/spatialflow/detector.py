@@ -96,8 +96,7 @@ class SpatialFlow(SingleStageDetector):
         }
         wrong += [
             f"{name} has {count} levels, bbox_head.num_flow_levels={self.bbox_head.num_flow_levels}; make "
-            f"them "
-            "equal"
+            "them equal"
             for name, count in levels.items()
             if count != self.bbox_head.num_flow_levels
         ]
@@ -121,8 +120,7 @@ class SpatialFlow(SingleStageDetector):
             if "gt_sem_seg" not in sample or "masks" not in sample.gt_instances:
                 raise ValueError(
                     "SpatialFlow learns from boxes, masks and semantic labels, and this sample has not all "
-                    "of "
-                    "them. Load them with dict(type='LoadPanopticAnnotations') in train_pipeline."
+                    "of them. Load them with dict(type='LoadPanopticAnnotations') in train_pipeline."
                 )
         outs = self.bbox_head(self.extract_feat(batch_inputs))
         losses = self.bbox_head.box_loss(outs, batch_data_samples)

@@ -536,8 +536,7 @@ class SpatialFlowFusionHead(HeuristicFusionHead):
             if not (value is None and name == "box_fill") and not 0 <= value <= 1:
                 raise ValueError(
                     f"test_cfg.panoptic.{name} must lie in [0, 1]; got {value}. It is a share: write 0.37 "
-                    f"for "
-                    "37 %."
+                    "for 37 %."
                 )
         self.cropped = cropped
         super().__init__(num_things_classes, num_stuff_classes, test_cfg=test_cfg, init_cfg=init_cfg)

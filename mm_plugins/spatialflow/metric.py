@@ -87,8 +87,7 @@ class PanopticQuality(BaseMetric):
         if len(classes) >= INSTANCE_OFFSET:
             raise ValueError(
                 f"{len(classes)} classes; mmdet's panoptic maps hold label + {INSTANCE_OFFSET} * instance, "
-                f"so "
-                f"there can be {INSTANCE_OFFSET - 1} at most."
+                f"so there can be {INSTANCE_OFFSET - 1} at most."
             )
         if self.ann_file is None:
             if "thing_classes" not in meta:

@@ -37,6 +37,7 @@ from hf_plugins.autodp.trainer import prompt_rows
 from hf_plugins.autodp.verdicts import kendall_tau
 from hf_plugins.data_ops.chat import ScriptedChat
 from hf_plugins.data_ops.op import with_row_ids
+from hf_plugins.whole_files import write_json
 from tools.real_data import data_set, read_rows
 
 RATES = {
@@ -230,9 +231,7 @@ def run(name: str, seed: int, work: Path, wanted: Sequence[str], *, short: bool)
     }
 
     def note() -> None:
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(found), encoding="utf-8")
-        aside.replace(path)
+        write_json(path, found)
 
     for search in wanted:
         if search not in found["searches"]:
@@ -362,9 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in [] if args.tables else names:
         path = work / f"transfer-{name}.json"
         if args.transfer and not path.is_file():
-            moved = json.dumps(transfer(name, work, short=args.short))
-            path.with_suffix(".part").write_text(moved, encoding="utf-8")
-            path.with_suffix(".part").replace(path)
+            write_json(path, transfer(name, work, short=args.short))
         for seed in [] if args.transfer else seeds:
             run(name, seed, work, args.searches, short=args.short)
     parts = [json.loads(path.read_text()) for path in sorted(work.glob("part-*.json"))]

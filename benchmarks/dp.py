@@ -275,8 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.short:
         args.cases, args.rounds, args.steps = ["Llama 6 x 256, LoRA"], 1, 2
     time_rows, memory_rows, details = [], [], {}
-    # Memory first: a parent that has trained hands freed memory to its children, and their peaks vanish in
-    # it.
+    # Memory first: a parent that has trained hands freed memory to its children, and their peaks vanish.
     memories: dict[str, dict[str, list[float]]] = {}
     for name in args.cases:
         batches = (CASES[name].batch,) if args.short else (CASES[name].batch, 2 * CASES[name].batch)

@@ -30,6 +30,7 @@ from hf_plugins.dp_fedavg.hook import gradient_term
 from hf_plugins.dp_fedavg.metric import TestAccuracy, plot_rounds, record_loss
 from hf_plugins.dp_fedavg.trainer import Task, build_task, private_engine
 from hf_plugins.rounds import LazyClients, LocalTraining, TorchClient, TrainableVector, dirichlet_split
+from hf_plugins.whole_files import write_json
 from tools.real_data import data_set, minilm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,10 +262,7 @@ def one_run(
         "cpu_seconds": time.process_time() - began,
         "wall_seconds": time.perf_counter() - wall,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result), encoding="utf-8")
-    part.replace(path)
+    write_json(path, result)
     print(
         f"{method} {chosen} seed {seed}: {result['accuracy']:.4f} ({result['cpu_seconds']:.0f} s)", flush=True
     )

@@ -29,6 +29,7 @@ from hf_plugins.dpnas.dataset import load_images
 from hf_plugins.dpnas.genotypes import RELEASED, Genotype, random_genotype
 from hf_plugins.dpnas.model import DPNASNetConfig, DPNASNetForImageClassification
 from hf_plugins.dpnas.trainer import ImageRecords, make_trainer
+from hf_plugins.whole_files import write_json
 from tools.real_data import data_set
 
 ARMS = ("controller", "random search", "one random cell", "released cell")
@@ -64,9 +65,7 @@ def kept(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not path.is_file():
         start = time.process_time()
         result = {**work(), "seconds": time.process_time() - start}
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result), encoding="utf-8")
-        part.replace(path)
+        write_json(path, result)
         print(path.stem, {k: v for k, v in result.items() if not isinstance(v, list)}, flush=True)
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -1,7 +1,7 @@
-"""Speed and memory of the attacks: vocabulary matching against the public way (the whole sequence again for
-every
-candidate) and against copied caches, the truncated forward pass, the hot map in blocks, ridge against a
-parrot.
+"""Speed and memory of the attacks.
+
+Vocabulary matching against the public way (the whole sequence again for every candidate) and against copied
+caches, the truncated forward pass, the hot map in blocks, ridge against a parrot.
 
 ``python -m benchmarks.embed_parrot`` prints one JSON line and writes ``docs/results/embed_parrot.json``.
 """

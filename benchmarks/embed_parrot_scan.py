@@ -34,10 +34,7 @@ def finance() -> list[str]:
 
 
 def control() -> list[str]:
-    """Plain paragraphs of WikiText-2, the general-text control; its test part, which no model here was
-    trained
-    on.
-    """
+    """Plain paragraphs of WikiText-2, the general-text control; its test part: no model here saw it."""
     lines = read_text(data_set("lm_text") / "wikitext2_test_part1.txt.gz").split("\n")
     return [line.strip() for line in lines if len(line) > 80 and not line.strip().startswith("=")]
 

@@ -23,8 +23,7 @@ from hf_plugins.fapm.storage import Planned, ShardWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 # (vocabulary, width, inner width, layers) of Llama-like models in bf16; the large one is 3.2 GB, and one of
-# its
-# tensors has 263 million entries.
+# its tensors has 263 million entries.
 SIZES = {
     "tiny": (8_000, 1024, 2816, 4),
     "small": (32_000, 2048, 5632, 4),

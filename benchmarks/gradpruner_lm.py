@@ -45,7 +45,8 @@ from hf_plugins.gradpruner import (
     plan_pruning,
     prune_model,
 )
-from hf_plugins.gradpruner.storage import HISTORY_FOLDER, read_scores, write_json
+from hf_plugins.gradpruner.storage import HISTORY_FOLDER, read_scores
+from hf_plugins.whole_files import write_json
 from tools.real_data import data_set, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,11 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
         rows=table(found),
         notes=[
-            f"GSM8K answers of {args.num_eval} test problems, rows cut at {TOKENS} tokens; mean and "
-            "standard deviation over seeds; "
-            f"{args.steps} steps "
-            f"of {BATCH} problems after pruning, full fine-tuning, equal data and settings. Time is CPU "
-            "time.",
+            f"GSM8K answers of {args.num_eval} test problems, rows cut at {TOKENS} tokens; mean and standard "
+            f"deviation over seeds; {args.steps} steps of {BATCH} problems after pruning, full fine-tuning, "
+            "equal data and settings. Time is CPU time.",
             "The paper: 13 of 32 layers of Llama-3.1-8B and Mistral-7B, 3 of them merged, mean relative "
             "change of accuracy -0.99 % after three epochs on eight tasks; a model of 5 M weights has far "
             "less redundancy.",

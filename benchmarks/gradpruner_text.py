@@ -41,7 +41,8 @@ from hf_plugins.gradpruner import (
     plan_pruning,
     prune_model,
 )
-from hf_plugins.gradpruner.storage import HISTORY_FOLDER, read_scores, write_json
+from hf_plugins.gradpruner.storage import HISTORY_FOLDER, read_scores
+from hf_plugins.whole_files import write_json
 from tools.real_data import data_set, minilm, read_rows
 
 WORK = Path(__file__).resolve().parent.parent / "work_dirs" / "gradpruner_text"

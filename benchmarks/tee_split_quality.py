@@ -41,6 +41,7 @@ from hf_plugins.tee_split import ClientConfig, SPFConfig, SplitClient, SplitTrai
 from hf_plugins.tee_split.peft import SPF_WEIGHTS, default_target, load_spf
 from hf_plugins.tee_split.trainer import pad_token_batch
 from hf_plugins.tee_split.transcript import Credential, Identity
+from hf_plugins.whole_files import write_json
 from tools.real_data import data_set, read_rows
 
 RATIOS = (0.0, 0.05, 0.1, 0.5)
@@ -230,9 +231,7 @@ def one_run(
         weights = load_file(adapter / "adapter_model.safetensors")
         record["checksum"] = float(sum(tensor.double().abs().sum() for tensor in weights.values()))
     record |= {**plan, **score(model, test), "seconds": time.perf_counter() - start}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record))
-    part.replace(path)
+    write_json(path, record)
     print(name, {key: record[key] for key in ("loss", "accuracy", "seconds")}, flush=True)
     return record
 

@@ -103,9 +103,8 @@ def epsilon(
         ValueError: If a number is out of range, or an accountant cannot analyse the sampling mode.
         ImportError: If dp-accounting (or Opacus for ``prv``) is missing.
 
-    Source: Abadi et al. 2016 (the mechanism); Koskela et al. 2020, Doroshenko et al. 2022 (PLD); Mironov et
-        al.
-    2019 (RDP); Gopi et al. 2021 (PRV).
+    Source: Abadi et al. 2016 (the mechanism); Koskela et al. 2020, Doroshenko et al. 2022 (PLD);
+    Mironov et al. 2019 (RDP); Gopi et al. 2021 (PRV).
     """
     release = Release(
         noise_multiplier=noise_multiplier,

@@ -98,6 +98,12 @@ def _figure(figure: dict[str, Any], root: Path) -> dict[str, str]:
     }
 
 
+def _first(figure: dict[str, str]) -> str:
+    """A method's first figure in a cell, with what it was compared with in the same run."""
+    rival = f"; {figure['peer']}" if figure["peer"] else ""
+    return f"{figure['what']}: **{figure['ours']}**{rival}"
+
+
 def overview_part(kind: str, root: Path, document: Path) -> str:
     """All methods in one table, from ``docs/claims.toml``: ``methods`` for a first look, ``figures`` in full.
 
@@ -115,10 +121,10 @@ def overview_part(kind: str, root: Path, document: Path) -> str:
         rows = []
         for method in methods:
             figures = [_figure(figure, root) for figure in method.get("figure", [])]
-            first = f"{figures[0]['what']}: {figures[0]['ours']}" if figures else "not measured yet"
+            first = _first(figures[0]) if figures else "not measured yet"
             link = f"[{method['name']}]({up}{method['room']}/README.md)"
             rows.append([link, method["gives"], f"{first} ([all]({up}{method['room']}/README.md#results))"])
-        return markdown_table(["method", "what it gives you", "measured here"], rows)
+        return markdown_table(["method", "what it gives you", "measured here: **ours**; compared with"], rows)
     if kind != "figures":
         raise ValueError(f"an overview is of methods or figures; got {kind!r}. Correct the marker.")
     rows = [

@@ -101,11 +101,12 @@ class {camel}Loss(nn.Module):
 MAIN = '''"""Command line of {title}."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+from hf_plugins.process_group import run_command
 
-def main(argv: Sequence[str]) -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, call the adapter, print."""
     parser = argparse.ArgumentParser(prog="mmhf {dashed}", description=__doc__)
     parser.parse_args(argv)
@@ -113,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)
 '''
 
 REFERENCE = '''"""The slow, literal formula: loops, float64, no tricks."""

@@ -10,22 +10,32 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 STYLE = """
 :root{--ground:#fdfdfc;--ink:#1d2327;--soft:#5c666d;--line:#dde1e3;--card:#f4f5f4}
-@media
-(prefers-color-scheme:dark){:root{--ground:#15181a;--ink:#e8eaeb;--soft:#a0a9ae;--line:#31373b;--card:#1e2326}}
-*{box-sizing:border-box} body{margin:0
-auto;padding:1.2rem;max-width:68rem;background:var(--ground);color:var(--ink); font:16px/1.55 system-ui,"Segoe
-UI",Helvetica,Arial,sans-serif} h1{font-size:1.7rem;line-height:1.2;margin:.4em
-0}h2{font-size:1.2rem;margin:1.8em 0 .4em} p,li{max-width:46rem}.soft{color:var(--soft)}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums} .scroll{overflow-x:auto}td,th{padding:.35em
-.9em .35em 0;text-align:right;border-bottom:1px solid var(--line)}
+@media (prefers-color-scheme:dark){:root{--ground:#15181a;--ink:#e8eaeb;--soft:#a0a9ae;--line:#31373b;
+--card:#1e2326}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1.2rem;max-width:68rem;background:var(--ground);color:var(--ink);
+ font:16px/1.55 system-ui,"Segoe UI",Helvetica,Arial,sans-serif}
+h1{font-size:1.7rem;line-height:1.2;margin:.4em 0}
+h2{font-size:1.2rem;margin:1.8em 0 .4em}
+p,li{max-width:46rem}
+.soft{color:var(--soft)}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto}
+td,th{padding:.35em .9em .35em 0;text-align:right;border-bottom:1px solid var(--line)}
 td:first-child,th:first-child{text-align:left}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem}
-.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,10rem),1fr));gap:.7rem;margin:.7rem
-0} figure{margin:0}figure img{width:100%;height:auto;display:block;border-radius:4px}
-.drawing{background:#fff;color:#000;border-radius:4px}.drawing svg text{fill:#222}.shown{max-width:46rem}
+.pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,10rem),1fr));gap:.7rem;
+margin:.7rem 0}
+figure{margin:0}
+figure img{width:100%;height:auto;display:block;border-radius:4px}
+.drawing{background:#fff;color:#000;border-radius:4px}
+.drawing svg text{fill:#222}
+.shown{max-width:46rem}
 .drawing svg{width:100%;height:auto;display:block}
-figcaption{font-size:.85rem;color:var(--soft);padding:.2rem 0} svg{width:100%;height:auto}svg
-text{fill:var(--soft);font-size:12px}svg .grid{stroke:var(--line)}
+figcaption{font-size:.85rem;color:var(--soft);padding:.2rem 0}
+svg{width:100%;height:auto}
+svg text{fill:var(--soft);font-size:12px}
+svg .grid{stroke:var(--line)}
 code,pre{background:var(--card);border-radius:4px;padding:.1em .3em;font-size:.9em}
 pre{padding:.8em;overflow-x:auto}
 """.strip()

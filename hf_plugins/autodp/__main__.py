@@ -14,6 +14,8 @@ from typing import Any
 
 from hf_plugins import recipes
 from hf_plugins.autodp.config import AutoDPConfig
+from hf_plugins.process_group import run_command
+from hf_plugins.whole_files import write_text
 
 _LISTS = {
     "space": ("teams", "ops"),
@@ -138,9 +140,7 @@ def _report(args: argparse.Namespace) -> int:
 def _write_page(folder: Path, result: dict[str, Any]) -> None:
     from hf_plugins.autodp.page import render_page
 
-    aside = folder / "report.html.part"
-    aside.write_text(render_page(result), encoding="utf-8")
-    os.replace(aside, folder / "report.html")
+    write_text(folder / "report.html", render_page(result))
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -221,4 +221,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_plugins.autodp.storage import write_json
+from hf_plugins.whole_files import write_json
 
 
 class AutoDPReportCallback(TrainerCallback):

@@ -167,8 +167,7 @@ def sample_rows(
         classes: (n,) quality classes of the rows; a class may be absent, and may be of any size.
         ratio: Share of rows, in (0, 1].
         method: ``stratified`` (classes x k-means clusters, herding inside large ones), ``herding``,
-            ``random``,
-            or the released ``centrality`` and ``graph_cut``; each within the classes.
+            ``random``, or the released ``centrality`` and ``graph_cut``; each within the classes.
         seed: The same seed gives the same rows.
         lam: Weight of diversity in ``graph_cut``.
 

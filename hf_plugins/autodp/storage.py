@@ -14,22 +14,11 @@ from typing import Any
 from datasets import Dataset, Features, load_from_disk
 from filelock import FileLock, Timeout
 
+from hf_plugins.whole_files import write_json
+
 logger = logging.getLogger(__name__)
 
 META = "entry.json"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file at once: readers see the old or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
 
 
 class Cache:

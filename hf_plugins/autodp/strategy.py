@@ -52,7 +52,7 @@ from hf_plugins.autodp.model import LessSelector
 from hf_plugins.autodp.privacy import PrivacyGuard
 from hf_plugins.autodp.screening import Screener, fit_screener
 from hf_plugins.autodp.searching import Scored, Search, Trial, make_search
-from hf_plugins.autodp.storage import Cache, Journal, only_search, settle_run, write_json
+from hf_plugins.autodp.storage import Cache, Journal, only_search, settle_run
 from hf_plugins.autodp.strategies import (
     ASKS,
     IDENTITY,
@@ -69,6 +69,7 @@ from hf_plugins.autodp.verdicts import Score, StoppingRule, bootstrap_score
 from hf_plugins.data_ops.chat import ChatClient
 from hf_plugins.data_ops.op import DataOp, OpContext, canonical, content_key, digest, make_op
 from hf_plugins.data_ops.perplexity import model_hash
+from hf_plugins.whole_files import replacing, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +87,7 @@ class AutoDP:
         clients: Language models that see rows, by role; entries of ``config.clients`` or clients.
         agent: The agent; an entry as in ``config.agent`` or a client. It never sees rows.
         values: A metric of your own: from the results of strategy and raw data (``losses``, ``answers``) to
-            one
-            value a held-out question, in [-1, 1], above 0 where the strategy is better.
+            one value a held-out question, in [-1, 1], above 0 where the strategy is better.
         cache: Folder of shared tables, evaluations and answers; default ``OUT/cache``.
 
     Raises:
@@ -260,10 +260,8 @@ class AutoDP:
         prepared = runner.run(strategy, rows)
         for step in prepared.steps:
             show(f"{step['step']}: {step['rows']} rows" + (" (stored)" if step["stored"] else ""))
-        out.mkdir(parents=True, exist_ok=True)
-        aside = out / "rows.jsonl.part"
-        prepared.rows.to_json(str(aside), force_ascii=False)
-        os.replace(aside, out / "rows.jsonl")
+        with replacing(out / "rows.jsonl") as part:
+            prepared.rows.to_json(str(part), force_ascii=False)
         note = {
             "strategy": strategy_json(strategy),
             "key": prepared.key,
@@ -449,10 +447,7 @@ class _Run:
             "clients": sorted(owner.clients),
         }
         if settle_run(out, json.loads(json.dumps(settings))):
-            show(
-                f"going on with the search in {out}: {len(self.journal.entries('trial'))} evaluations are "
-                f"done"
-            )
+            show(f"going on with the search in {out}: {len(self.journal.entries('trial'))} trials are done")
         self.model_key = settings["model"]
         self.paths = {name: self._stored(parts[name]) for name in ("dev", "test", "anchors")}
         self.raw: dict[tuple[float, int, str], dict[str, Any]] = {}
@@ -820,9 +815,7 @@ class _Run:
         }
         if (self.out / "screener.json").is_file():
             recipe["screener"] = "screener.json"
-        aside = self.out / "recipe.yaml.part"
-        aside.write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), encoding="utf-8")
-        os.replace(aside, self.out / "recipe.yaml")
+        write_text(self.out / "recipe.yaml", yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False))
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

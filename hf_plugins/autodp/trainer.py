@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_plugins.autodp.dataset import ANSWER, HISTORY, QUESTION
 from hf_plugins.autodp.held_out import IGNORED, row_losses
-from hf_plugins.autodp.storage import write_json
+from hf_plugins.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 

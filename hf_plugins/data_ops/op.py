@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
 from hf_plugins.data_ops.text import join_text
+from hf_plugins.whole_files import replacing
 
 ROW_ID = "row_id"
 """Column that names a row through all operators."""
@@ -76,14 +77,12 @@ class Ledger:
     def save(self, path: str | Path) -> Path:
         """Write the records as one parquet file, placed at once."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         columns = list(zip(*self.entries, strict=True)) or [()] * len(_SCHEMA.names)
         table = pa.table(
             {n: pa.array(c, t) for n, t, c in zip(_SCHEMA.names, _SCHEMA.types, columns, strict=True)}
         )
-        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-        pq.write_table(table, aside)
-        os.replace(aside, path)
+        with replacing(path) as part:
+            pq.write_table(table, part)
         return path
 
     @classmethod

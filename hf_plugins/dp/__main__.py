@@ -15,6 +15,7 @@ from hf_plugins.accounting import AccountantName, Sampling, epsilon, noise_multi
 from hf_plugins.dp.config import DPConfig, RunConfig
 from hf_plugins.dp.metric import TrainerAudit, audit_file, audit_trainer
 from hf_plugins.dp.peft import recipe_trainer
+from hf_plugins.process_group import run_command
 from hf_plugins.recipes import read_recipe
 
 
@@ -132,4 +133,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -128,8 +128,7 @@ def audit_file(
 
     Args:
         path: JSON with ``scores`` (higher: more likely in training) and ``included`` (true or false), one
-        entry
-            for each canary.
+            entry for each canary.
         claimed_epsilon: Claim under test.
         delta: Its delta.
         num_guesses: As in `audit_trainer`.

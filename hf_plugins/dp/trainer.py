@@ -33,6 +33,7 @@ from hf_plugins.dp.model import (
 from hf_plugins.dp.noise import fresh_seed, seeded_gaussian, stream_seed
 from hf_plugins.dp.sampling import users_of
 from hf_plugins.secure_noise import secure_gaussian
+from hf_plugins.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -630,15 +631,14 @@ class _DPMixin:
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save and self._noise_multiplier is not None:
             folder = Path(output_dir or self.args.output_dir)
-            _write_json(folder / REPORT_FILE, self.privacy_report())
-            _write_json(folder / LEDGER_FILE, self.ledger.state_dict())
+            write_json(folder / REPORT_FILE, self.privacy_report())
+            write_json(folder / LEDGER_FILE, self.ledger.state_dict())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and self._seed is not None:
-            path = Path(output_dir) / SECRET_FILE
-            _write_json(path, {"warning": "never publish: takes the noise off the model", "seed": self._seed})
-            path.chmod(0o600)
+            secret = {"warning": "never publish: takes the noise off the model", "seed": self._seed}
+            write_json(Path(output_dir) / SECRET_FILE, secret, private=True)
 
     def _load_privacy_state(self, folder: Path) -> None:
         path = folder / LEDGER_FILE
@@ -704,13 +704,6 @@ class DPTrainer(_DPMixin, Trainer):
 
 class DPSFTTrainer(_DPMixin, SFTTrainer):
     """`trl.SFTTrainer` with DP-SGD, for causal language models, LoRA (``peft_config=``) included."""
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def _number(value: float) -> float:

@@ -11,6 +11,7 @@ from hf_plugins import recipes
 from hf_plugins.dp_fedavg.config import DPFedAvgConfig, RunConfig, parse_recipe
 from hf_plugins.dp_fedavg.metric import KEPT, plot_kept, plot_rounds
 from hf_plugins.dp_fedavg.trainer import PrivateMean, build_task, finish_run, recipe_engine
+from hf_plugins.process_group import run_command
 from hf_plugins.rounds.trackers import Reporter
 
 
@@ -89,4 +90,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

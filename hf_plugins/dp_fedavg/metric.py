@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_plugins.rounds import TrainableVector
+from hf_plugins.whole_files import replacing
 
 # Beginning of the metrics that say what LUS keeps of each tensor.
 KEPT = "clients/lus_kept/"
@@ -142,10 +143,8 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, format=path.suffix.lstrip(".") or "png", dpi=100)
-    part.replace(path)
+    with replacing(path) as part:
+        figure.savefig(part, format=path.suffix.lstrip(".") or "png", dpi=100)
 
 
 def _band(

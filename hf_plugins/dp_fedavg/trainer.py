@@ -46,8 +46,8 @@ from hf_plugins.rounds import (
     Update,
     generator_for,
 )
-from hf_plugins.rounds.storage import write_atomically
 from hf_plugins.secure_noise import gaussian
+from hf_plugins.whole_files import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 # What a round's row may hold although no noise covers it: nothing, unless the user says so.
@@ -257,8 +257,7 @@ def secret_seed(folder: Path) -> int:
     """A seed from the operating system that stays in the run's folder, so that a run can go on."""
     path = folder / "secret.json"
     if not path.is_file():
-        write_atomically(path, json.dumps({"seed": secrets.randbits(62)}).encode())
-        path.chmod(0o600)
+        write_json(path, {"seed": secrets.randbits(62)}, private=True)
     return int(json.loads(path.read_text(encoding="utf-8"))["seed"])
 
 
@@ -412,10 +411,10 @@ def finish_run(engine: RoundEngine, model: nn.Module, run: RunConfig) -> dict[st
     figures = {name: value for name, value in engine.history[-1].items() if "/" in name}
     report = {**private.report(), **figures, "output_dir": run.output_dir}
     save_vector(folder / "model.safetensors", TrainableVector(model).named(engine.vector_D))
-    write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_json(folder / "report.json", report)
     return report
 
 
 def save_vector(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write trained parameters by name, at once."""
-    write_atomically(path, safetensors.torch.save({k: v.contiguous().clone() for k, v in tensors.items()}))
+    write_bytes(path, safetensors.torch.save({k: v.contiguous().clone() for k, v in tensors.items()}))

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_plugins.dpf_cm.config import STAGES, PPVDConfig
+from hf_plugins.process_group import run_command
+from hf_plugins.whole_files import write_json, write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,9 +269,7 @@ def _search(args: argparse.Namespace, search: Any, model: Any, tokenizer: Any, s
         for s, r in zip(samples, found, strict=True)
         if r.memorised
     ]
-    aside = Path(args.out + ".part")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, args.out)
+    write_text(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{args.out}: {len(rows)} of {len(samples)} samples are memorised")
     return 0
 
@@ -296,12 +296,8 @@ def _attack(args: argparse.Namespace, guard: Any, samples: list[Any], benign: li
     report = evaluate_guard(
         guard, samples, {"benign": benign}, progress=lambda done, total: _progress("attacks", done, total)
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    page = render_page({"title": "Guard under attack", "leakage": report})
-    for name, text in (("report.json", json.dumps(report, indent=1)), ("report.html", page)):
-        aside = args.out / f"{name}.part"
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, args.out / name)
+    write_json(args.out / "report.json", report)
+    write_text(args.out / "report.html", render_page({"title": "Guard under attack", "leakage": report}))
     for row in report["attacks"]:
         print(f"{row['attack']}: ROUGE-L {row['rouge_before']:.3f} -> {row['rouge_after']:.3f}")
     print(f"report: {args.out / 'report.html'}")
@@ -321,4 +317,4 @@ def _serve(args: argparse.Namespace, guard: Any, samples: list[Any], benign: lis
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -39,6 +38,7 @@ from hf_plugins.dpf_cm.dataset import read_sources
 from hf_plugins.dpf_cm.metric import evaluate_guard
 from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample, StateReader, search_memory
 from hf_plugins.dpf_cm.page import render_page
+from hf_plugins.whole_files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 _MARKUP = (
@@ -222,11 +222,7 @@ class Pipeline:
         return result
 
     def _write(self, name: str, value: Any) -> None:
-        path = self.work / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_json(self.work / name, value)
 
     def _read(self, sources: Sequence[Mapping[str, Any]], ledger: Ledger | None = None) -> Dataset:
         return read_sources(sources, base=self.base, ledger=ledger, max_row_bytes=self.recipe.max_row_bytes)
@@ -279,11 +275,7 @@ class Pipeline:
                     }
                     for row in seeds
                 ]
-                aside = path.with_suffix(".part")
-                aside.write_text(
-                    "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-                )
-                os.replace(aside, path)
+                write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return path
 
     @cached_property
@@ -548,9 +540,7 @@ class Pipeline:
                 "notes": self.notes,
             }
         )
-        aside = self.work / "report.html.part"
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, self.work / "report.html")
+        write_text(self.work / "report.html", page)
 
 
 def _flow(ledger: Ledger, rows_in: int, names: Sequence[str]) -> list[dict[str, Any]]:

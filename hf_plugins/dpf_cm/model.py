@@ -3,9 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import os
 import secrets
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from hf_plugins.dpf_cm.keys import (
 )
 from hf_plugins.dpf_cm.rouge import RunningLCS, rouge_l
 from hf_plugins.dpf_cm.storage import Rows, VectorStore, open_store
+from hf_plugins.whole_files import replacing, write_json
 
 FORMAT = "dpf_cm.ppvd.v1"
 # Slot of a stored prompt that is no key, kept so that the promise about exact prompts can be checked.
@@ -366,8 +365,7 @@ def _append(path: str | Path, row: dict[str, Any]) -> None:
         file.flush()
 
 
-# --- stages 2 to 4: the database and the guard
-# ---------------------------------------------------------------
+# --- stages 2 to 4: the database and the guard -------------------------------------------------------------
 
 
 class PrivacyPreservingVectorDB:
@@ -510,19 +508,11 @@ class PrivacyPreservingVectorDB:
         """
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         empty = torch.zeros(0)
         mean, directions = (empty, empty) if self.whitening is None else self.whitening
-        aside = self.folder / f"calibration.{uuid.uuid4().hex}.part"
-        save_file(
-            {
-                "mean": mean.contiguous(),
-                "directions": directions.contiguous(),
-                "benign": self._benign.contiguous(),
-            },
-            aside,
-        )
-        os.replace(aside, self.folder / "calibration.safetensors")
+        tensors = {"mean": mean, "directions": directions, "benign": self._benign}
+        with replacing(self.folder / "calibration.safetensors") as part:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
         meta = {
             "format": FORMAT,
             "config": dataclasses.asdict(self.config),
@@ -533,9 +523,7 @@ class PrivacyPreservingVectorDB:
             # With a key the secret is derived from it and never stored.
             "salt": "" if self.config.protect != "none" else self._secret.hex(),
         }
-        aside = self.folder / f"ppvd.{uuid.uuid4().hex}.part"
-        aside.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.folder / "ppvd.json")
+        write_json(self.folder / "ppvd.json", meta)
 
     def refresh(self) -> None:
         """Read the store again, for example after another process changed it."""

@@ -6,21 +6,24 @@ from typing import Any
 
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fdfdfc;--ink:#1d2327;--soft:#5c666d;--line:#dde1e3;--card:#f3f4f4;
---keep:#0072b2;--drop:#d55e00;--after:#009e73}
-@media
-(prefers-color-scheme:dark){:root{--ground:#15181a;--ink:#e8eaeb;--soft:#a0a9ae;--line:#31373b;--card:#1e2326;
---keep:#56b4e9;--drop:#e07b2e;--after:#4cc38a}} *{box-sizing:border-box}body{margin:0
-auto;padding:1.2rem;max-width:68rem;background:var(--ground);color:var(--ink); font:16px/1.55 system-ui,"Segoe
-UI",Helvetica,Arial,"Noto Sans CJK SC",sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.6rem;line-height:1.25;margin:.4em 0}h2{font-size:1.2rem;margin:1.9em 0
-.4em}.soft{color:var(--soft)}
-table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.3rem .5rem;
-border-bottom:1px solid
-var(--line);vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.scroll{overflow-x:auto}svg{max-width:100%;height:auto;display:block}svg text{fill:var(--ink);font-size:13px}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:.8rem;margin:.5rem 0}.pair
-div{background:var(--card);padding:.6rem;
-border-radius:4px}@media(max-width:40rem){.pair{grid-template-columns:1fr}}
+ --keep:#0072b2;--drop:#d55e00;--after:#009e73}
+@media (prefers-color-scheme:dark){:root{--ground:#15181a;--ink:#e8eaeb;--soft:#a0a9ae;--line:#31373b;
+--card:#1e2326; --keep:#56b4e9;--drop:#e07b2e;--after:#4cc38a}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1.2rem;max-width:68rem;background:var(--ground);color:var(--ink);
+ font:16px/1.55 system-ui,"Segoe UI",Helvetica,Arial,"Noto Sans CJK SC",sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.6rem;line-height:1.25;margin:.4em 0}
+h2{font-size:1.2rem;margin:1.9em 0 .4em}
+.soft{color:var(--soft)}
+table{border-collapse:collapse;width:100%;font-size:.92rem}
+th,td{text-align:left;padding:.3rem .5rem; border-bottom:1px solid var(--line);vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto}
+svg{max-width:100%;height:auto;display:block}
+svg text{fill:var(--ink);font-size:13px}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:.8rem;margin:.5rem 0}
+.pair div{background:var(--card);padding:.6rem; border-radius:4px}
+@media(max-width:40rem){.pair{grid-template-columns:1fr}}
 """
 
 

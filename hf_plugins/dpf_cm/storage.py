@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import secrets
 import time
 import uuid
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from hf_plugins.whole_files import replacing
 
 STORES = ("numpy", "lancedb", "qdrant")
 
@@ -148,20 +149,15 @@ class NumpyStore:
         if self._path is None:
             self._memory = rows
             return
-        aside = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}.part")
-        try:
-            with aside.open("wb") as file:
-                np.savez(
-                    file,
-                    ids=np.frombuffer(json.dumps(rows.ids).encode(), np.uint8),
-                    slots=rows.slots,
-                    vectors=rows.vectors,
-                    blobs=np.frombuffer(b"".join(rows.blobs), np.uint8),
-                    sizes=np.array([len(blob) for blob in rows.blobs], np.int64),
-                )
-            os.replace(aside, self._path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with replacing(self._path) as part, part.open("wb") as file:
+            np.savez(
+                file,
+                ids=np.frombuffer(json.dumps(rows.ids).encode(), np.uint8),
+                slots=rows.slots,
+                vectors=rows.vectors,
+                blobs=np.frombuffer(b"".join(rows.blobs), np.uint8),
+                sizes=np.array([len(blob) for blob in rows.blobs], np.int64),
+            )
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """Training stages through trl: continued pre-training, SFT, reward models, DPO; each resumable."""
 
 import copy
-import json
 import logging
 import os
 import shutil
@@ -28,6 +27,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from hf_plugins.data_ops.op import canonical, content_key, digest
 from hf_plugins.data_ops.perplexity import model_hash
 from hf_plugins.dpf_cm.dataset import pair_rows, sft_rows
+from hf_plugins.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -154,9 +154,7 @@ def _stage(
         tokenizer.save_pretrained(folder)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         record = {"steps": trainer.state.global_step, "losses": losses, "resumed": last is not None}
-        aside = folder / "stage.json.part"
-        aside.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(aside, folder / "stage.json")
+        write_json(folder / "stage.json", record)
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return folder

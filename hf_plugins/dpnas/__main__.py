@@ -14,6 +14,7 @@ from hf_plugins.dpnas.config import DPNASSearchConfig, DPNASTrainConfig
 from hf_plugins.dpnas.dataset import load_images
 from hf_plugins.dpnas.model import DPNASNetConfig, DPNASNetForImageClassification
 from hf_plugins.dpnas.trainer import ImageRecords, make_trainer, save_for_pipeline
+from hf_plugins.process_group import run_command
 from hf_plugins.recipes import read_recipe
 
 
@@ -86,4 +87,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

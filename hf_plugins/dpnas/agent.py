@@ -20,6 +20,7 @@ from hf_plugins.dpnas.controller import Baseline, Controller, reinforce_loss
 from hf_plugins.dpnas.genotypes import Genotype
 from hf_plugins.dpnas.path_step import clipped_gradient_sum, noised_mean, noisy_accuracy, poisson_batch
 from hf_plugins.dpnas.supernet import Supernet, forget_inactive_
+from hf_plugins.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -284,9 +285,7 @@ def write_result(result: SearchResult, config: DPNASSearchConfig, folder: Path) 
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     path = folder / RESULT
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, record)
     return path
 
 

@@ -8,9 +8,7 @@ limit.
 import argparse
 import dataclasses
 import importlib.util
-import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +24,9 @@ from hf_plugins.embed_parrot.model import EmbedParrotConfig, small_decoder
 from hf_plugins.embed_parrot.page import render_page
 from hf_plugins.embed_parrot.storage import export_states, load_states
 from hf_plugins.embed_parrot.trainer import train_parrot
+from hf_plugins.process_group import run_command
 from hf_plugins.recipes import check_weights, read_recipe
+from hf_plugins.whole_files import write_json, write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,10 +85,8 @@ def _scan(argv: Sequence[str]) -> int:
         entities=read_texts(args.entities) if args.entities else (),
         name=Path(args.model).name if not args.model.startswith("package:") else args.model[8:],
     )
-    for name, text in (("report.json", json.dumps(report, indent=1)), ("report.html", render_page(report))):
-        aside = args.out / f"{name}.part"
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, args.out / name)
+    write_json(args.out / "report.json", report)
+    write_text(args.out / "report.html", render_page(report))
     found = report["verdict"]
     worst = ", ".join(f"{key} {value}" for key, value in found["worst"].items())
     print(
@@ -269,4 +267,4 @@ def _train(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -29,32 +29,39 @@ _UTILITY = {
 
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fdfdfc;--ink:#1d2327;--soft:#5c666d;--line:#dde1e3;--card:#f3f4f4;
---hot:#d55e00;--bad:#b3261e;--good:#1b6e3c}
+ --hot:#d55e00;--bad:#b3261e;--good:#1b6e3c}
 @media (prefers-color-scheme:dark){:root{--ground:#15181a;--ink:#e8eaeb;--soft:#a0a9ae;--line:#31373b;
---card:#1e2326;--hot:#e07b2e;--bad:#ff8a80;--good:#7bd8a0}}
+ --card:#1e2326;--hot:#e07b2e;--bad:#ff8a80;--good:#7bd8a0}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1.2rem;max-width:68rem;background:var(--ground);color:var(--ink);
-font:16px/1.55 system-ui,"Segoe UI",Helvetica,Arial,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.6rem;line-height:1.25;margin:.4em 0}h2{font-size:1.2rem;margin:1.9em 0 .4em}
-h3{font-size:1rem;margin:1.2em 0 .2em}p,li{max-width:46rem}.soft{color:var(--soft)}
+ font:16px/1.55 system-ui,"Segoe UI",Helvetica,Arial,sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.6rem;line-height:1.25;margin:.4em 0}
+h2{font-size:1.2rem;margin:1.9em 0 .4em}
+h3{font-size:1rem;margin:1.2em 0 .2em}
+p,li{max-width:46rem}
+.soft{color:var(--soft)}
 .verdict{border-left:.4rem solid var(--tone);background:var(--card);padding:.7rem 1rem;border-radius:4px}
-.verdict b{color:var(--tone)}.scroll{overflow-x:auto}
+.verdict b{color:var(--tone)}
+.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:100%}
 td,th{padding:.35em .9em .35em 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 td.text,th.text{text-align:left}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1.2rem}
-figure{margin:0;max-width:36rem}figcaption{font-size:.88rem;color:var(--soft)}
-svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:13px}svg
-.grid{stroke:var(--line)} .key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.9rem;margin:.2rem 0}
+figure{margin:0;max-width:36rem}
+figcaption{font-size:.88rem;color:var(--soft)}
+svg{width:100%;height:auto;display:block}
+svg text{fill:var(--soft);font-size:13px}
+svg .grid{stroke:var(--line)}
+.key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.9rem;margin:.2rem 0}
 .key i{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.35em}
 .heat{margin:.35rem 0;padding-left:5.2rem;text-indent:-5.2rem;line-height:1.9}
 .heat b{display:inline-block;width:5.2rem;text-indent:0;font-weight:600}
 .heat span{text-indent:0;padding:.12em .22em;margin:0 .05em;border-radius:3px;
-background:color-mix(in srgb,var(--hot) var(--share),transparent)}
+ background:color-mix(in srgb,var(--hot) var(--share),transparent)}
 .read{margin:0 0 .8rem 5.2rem;font-size:.9rem}
 code{background:var(--card);border-radius:4px;padding:.05em .3em;font-size:.92em}
 @media (max-width:40rem){.heat{padding-left:0;text-indent:0}.read{margin-left:0}body{padding:.8rem}
-svg text{font-size:19px}}
+ svg text{font-size:19px}}
 """.strip()
 
 
@@ -265,10 +272,9 @@ def _meaning(report: Mapping[str, Any]) -> str:
     points = [
         "Hidden states are not anonymous: a state of this width carries far more bits than the choice of a "
         "token needs, so depth alone hides nothing from an attacker who can run the model.",
-        "Fixed transforms, permutations and 8-bit rounding are no protection. What helps is that the "
-        "states are never seen in the clear: encrypt the channel and compute in an attested enclave (in this "
-        "suite: <code>mmhf tee-split</code>), or noise so strong that the model's use suffers, as the table "
-        "shows.",
+        "Fixed transforms, permutations and 8-bit rounding are no protection. What helps is that the states "
+        "are never seen in the clear: encrypt the channel and compute in an attested enclave (in this suite: "
+        "<code>mmhf tee-split</code>), or noise so strong that the model's use suffers, as the table shows.",
         "A low figure means that these attacks failed with this much public text, not that the states are "
         "safe.",
     ]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hf_plugins.whole_files import replacing, write_json
 
 FORMAT = "embed_parrot.states.v1"
 
@@ -70,9 +71,8 @@ def export_states(
         tensors["head"] = head.float().contiguous()
     for layer, rows in states.items():
         tensors[f"layer.{layer}"] = torch.cat(list(rows)).to(dtype).contiguous()
-    aside = Path(str(path) + ".part")
-    save_file(tensors, aside, metadata={"format": FORMAT})
-    os.replace(aside, path)
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"format": FORMAT})
     return Path(path)
 
 
@@ -138,12 +138,7 @@ class PartStore:
                     "give another one."
                 )
         else:
-            self._write(note, {"fingerprint": mine, "identity": identity})
-
-    def _write(self, path: Path, value: Any) -> None:
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(value), encoding="utf-8")
-        aside.replace(path)
+            write_json(note, {"fingerprint": mine, "identity": identity})
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{fingerprint(key)}.json"
@@ -155,4 +150,4 @@ class PartStore:
 
     def put(self, key: str, value: Any) -> None:
         """Keep a finished part."""
-        self._write(self._path(key), {"key": key, "value": value})
+        write_json(self._path(key), {"key": key, "value": value})

@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_plugins.fapm.config import FAPMConfig
 from hf_plugins.fapm.model import apply_sidecar, fapm_prune_checkpoint
+from hf_plugins.process_group import run_command
 from hf_plugins.recipes import read_recipe
 
 COMMANDS = ("prune", "add", "remove", "curve", "mergekit", "demo")
@@ -172,13 +173,6 @@ def _demo(args: argparse.Namespace) -> int:
     return code
 
 
-def _leave_group() -> None:
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmhf fapm",
@@ -232,11 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.stderr.write(f"mmhf fapm: {error}\n")
         return 2
-    finally:
-        # A process that leaves with its group open may abort while the other still talks to it.
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _leave_group()
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -114,9 +114,8 @@ def read_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adap
     kind = str(config.get("peft_type", "")).rsplit(".", 1)[-1]
     if kind != "LORA" or config.get("lora_bias"):
         raise ValueError(
-            f"adapter of type {kind}{' with lora_bias' if kind == 'LORA' else ''}: only plain LoRA, "
-            "rsLoRA and DoRA are read from factors. Merge it in fp32 (merge_and_unload) and give the merged "
-            "folder."
+            f"adapter of type {kind}{' with lora_bias' if kind == 'LORA' else ''}: only plain LoRA, rsLoRA "
+            "and DoRA are read from factors. Merge it in fp32 (merge_and_unload) and give the merged folder."
         )
     parts: dict[tuple[str, bool], dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}

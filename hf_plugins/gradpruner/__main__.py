@@ -30,10 +30,11 @@ from hf_plugins.gradpruner.storage import (
     ScoreRecord,
     prune_checkpoint,
     read_scores,
-    write_json,
 )
 from hf_plugins.gradpruner.trainer import calibration_batches, collect, finetune, load_model, model_folder
+from hf_plugins.process_group import run_command
 from hf_plugins.recipes import check_weights, read_recipe
+from hf_plugins.whole_files import write_json
 
 COMMANDS = {
     "score": "train LoRA for a few steps and write layer scores and the plan into --output_dir",
@@ -188,4 +189,4 @@ def _run(run: RunConfig, config: GradPrunerConfig, args: SFTConfig) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

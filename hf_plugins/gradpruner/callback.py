@@ -26,8 +26,8 @@ from hf_plugins.gradpruner.storage import (
     Module,
     ScoreRecord,
     read_scores,
-    write_json,
 )
+from hf_plugins.whole_files import write_json
 
 logger = logging.get_logger(__name__)
 

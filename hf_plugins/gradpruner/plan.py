@@ -66,9 +66,8 @@ class PruningPlan:
         if not inside or any(d not in plan.dropped or r not in plan.kept for d, r in plan.merged):
             raise ValueError(
                 f"not a pruning plan: dropped={list(plan.dropped)}, "
-                f"merged={[list(pair) for pair in plan.merged]} for "
-                f"{plan.num_layers} layers. Dropped layers must exist, and a merge goes from a dropped to "
-                "a kept one."
+                f"merged={[list(pair) for pair in plan.merged]} for {plan.num_layers} layers. Dropped layers "
+                "must exist, and a merge goes from a dropped to a kept one."
             )
         return plan
 

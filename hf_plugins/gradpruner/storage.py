@@ -29,6 +29,7 @@ from hf_plugins.gradpruner.shards import (
     tensor_chunks,
     write_header,
 )
+from hf_plugins.whole_files import replacing, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -39,14 +40,6 @@ REPORT_FILE = "gradpruner.json"
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 Module = tuple[int, str]
 Factors = Mapping[Module, tuple[Tensor, Tensor]]
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 class GradientHistory:
@@ -96,10 +89,9 @@ class GradientHistory:
 
     @staticmethod
     def _write(folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step_{step:05d}.safetensors"
-        save_file(tensors, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        # A run that a power cut ends scores anew; waiting for the disk would slow each of its steps.
+        with replacing(folder / f"step_{step:05d}.safetensors", sync=False) as part:
+            save_file(tensors, part)
 
     def truncate(self, num_steps: int) -> None:
         """Forget steps from number ``num_steps`` on, as a resumed run needs that repeats them.

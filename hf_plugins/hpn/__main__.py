@@ -13,7 +13,8 @@ from hf_plugins.hpn.dataset import make_federation
 from hf_plugins.hpn.picture import picture
 from hf_plugins.hpn.server import HPNRun
 from hf_plugins.hpn.space import space_from
-from hf_plugins.hpn.storage import write_json
+from hf_plugins.process_group import run_command
+from hf_plugins.whole_files import write_json
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

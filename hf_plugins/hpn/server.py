@@ -24,7 +24,6 @@ from hf_plugins.hpn.storage import (
     load_state,
     save_state,
     weighted_mean,
-    write_json,
 )
 from hf_plugins.rounds import (
     Aggregate,
@@ -39,6 +38,7 @@ from hf_plugins.rounds import (
     weighted_average,
 )
 from hf_plugins.rounds.storage import check_same_settings
+from hf_plugins.whole_files import write_json
 
 ARMS = ("random", "tpe")
 """Methods that train whole runs under one config for all clients."""

@@ -1,6 +1,5 @@
 """What a search keeps on disk: the anchors of the trajectory, and states that a kill cannot tear."""
 
-import json
 import math
 import zlib
 from collections.abc import Mapping
@@ -10,21 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_plugins.rounds.storage import replacing, write_atomically
+from hf_plugins.whole_files import replacing
 
 Figures = dict[int, tuple[float, int]]
 """Client to (figure, records behind it)."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that readers see the old file or the new one."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain values beside and rename."""
-    with replacing(path) as file:
+    with replacing(path) as part, part.open("wb") as file:
         torch.save(dict(state), file)
 
 

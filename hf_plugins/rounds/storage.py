@@ -1,47 +1,17 @@
 """Checkpoints of a run: one file, written beside and renamed; a kill leaves the old one or the new one."""
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+
+from hf_plugins.whole_files import replacing, write_text
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 _VERSION = 1
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when it is complete.
-
-    Readers see the old content or the new one, a power cut keeps one of both, and an error (a full disk)
-    leaves the old one alone.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except RuntimeError as error:
-        # torch.save on a full disk: its archive writer complains of positions, and hides the reason.
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file by `replacing`."""
-    with replacing(path) as file:
-        file.write(content)
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
@@ -51,7 +21,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
         folder: Folder of the run.
         state: What `load_checkpoint` shall give back.
     """
-    with replacing(folder / CHECKPOINT) as file:
+    with replacing(folder / CHECKPOINT) as part, part.open("wb") as file:
         torch.save({"version": _VERSION, **state}, file)
 
 
@@ -95,4 +65,4 @@ def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     """All rounds so far as JSON lines."""
     text = "".join(json.dumps(row) + "\n" for row in history)
-    write_atomically(folder / METRICS, text.encode())
+    write_text(folder / METRICS, text)

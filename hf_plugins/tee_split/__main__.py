@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
 
+from hf_plugins.process_group import run_command
 from hf_plugins.recipes import check_weights, read_recipe
 from hf_plugins.tee_split.attestation import AttestationError
 from hf_plugins.tee_split.channel import ChannelClosed
@@ -227,4 +228,4 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -246,8 +246,7 @@ def load_half(
 def _load_half(folder: Path, k: int, side: Side, dtype: torch.dtype | None, allow_unverified: bool) -> Half:
     config = AutoConfig.from_pretrained(folder)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    # Parameters cost nothing here; buffers that no checkpoint holds (rotary frequencies) get their real
-    # values.
+    # Parameters cost nothing here; buffers that no checkpoint holds (rotary frequencies) get their values.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     parts = decoder_parts(model)

@@ -240,8 +240,7 @@ def load_spf(
         if layer.spf_delta.shape != delta.shape or not torch.equal(layer.spf_rows.cpu(), tensors[key]):
             raise ValueError(
                 f"{name}: saved rows and shape {tuple(delta.shape)} differ from the model's "
-                f"{tuple(layer.spf_delta.shape)}. "
-                "Use the SPF options the difference was trained with."
+                f"{tuple(layer.spf_delta.shape)}. Use the SPF options the difference was trained with."
             )
         with torch.no_grad():
             layer.spf_delta.copy_(delta)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from hf_plugins.tee_split.batches import Sample, part_samples
 from hf_plugins.tee_split.sealing import open_sealed, seal, stretch_key
 from hf_plugins.tee_split.tensors import MessageError, pack, unpack
+from hf_plugins.whole_files import replacing
 
 MAX_HEADER = 64 * 2**20
 
@@ -69,13 +70,8 @@ class SealedStore:
     def write(self, name: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Seal and write; a reader sees the old file or the new one, never half of one."""
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             file.writelines(seal(self._key, name, pack(metadata, tensors, max_header=MAX_HEADER)))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
 
     def read(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Open a file.

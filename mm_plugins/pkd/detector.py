@@ -298,9 +298,8 @@ class Distiller:
         if "loss_weight" not in cfg:
             if not issubclass(kind, PKDLoss):
                 raise ValueError(
-                    f"distill.loss.loss_weight is not set; {kind.__name__} has no rule for it, as it "
-                    "depends on the scale of the features. Set it so that the loss starts near the "
-                    "detection loss."
+                    f"distill.loss.loss_weight is not set; {kind.__name__} has no rule for it, as it depends "
+                    "on the scale of the features. Set it so that the loss starts near the detection loss."
                 )
             two_stage = is_two_stage(self.teacher_model)
             cfg["loss_weight"] = WEIGHT_TWO_STAGE if two_stage else WEIGHT_ONE_STAGE

@@ -241,8 +241,7 @@ class _StandardisedMSE(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor, *_: Tensor) -> tuple:
         student_NCHW, teacher_NCHW, valid_N1HW, *rest = ctx.saved_tensors  # type: ignore[attr-defined]
         moments, terms = ChannelMoments(*rest[:6]), ChannelTerms(*rest[6:])
-        # A leaf of its own, so that the resize (if any) is differentiated here and nothing of it lives
-        # longer.
+        # A leaf of its own, so that the resize (if any) is differentiated here and frees what it used.
         leaf_NCHW = student_NCHW.detach().requires_grad_()
         with torch.autocast(student_NCHW.device.type, enabled=False), torch.enable_grad():
             s_NCHW, t_NCHW = match_sizes(leaf_NCHW, teacher_NCHW, resize_student=ctx.resize_student)  # type: ignore[attr-defined]

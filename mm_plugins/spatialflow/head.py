@@ -115,8 +115,7 @@ class SpatialFlowHead(RetinaHead):
             )
         if not 1 <= num_flow_levels <= len(strides):
             wrong.append(
-                f"num_flow_levels={num_flow_levels} must lie in [1, {len(strides)}], the levels of the "
-                f"pyramid"
+                f"num_flow_levels={num_flow_levels} is not in [1, {len(strides)}], the levels of the pyramid"
             )
         if wrong:
             raise ValueError("SpatialFlowHead: " + " | ".join(wrong) + ".")

@@ -46,6 +46,5 @@ class PanopticClassesHook(Hook):
             if found != counts[0]:
                 raise ValueError(
                     f"{name} has {found} thing classes, the model {counts[0]}. Set "
-                    f"num_things_classes={found} "
-                    f"and num_stuff_classes={len(classes) - found}."
+                    f"num_things_classes={found} and num_stuff_classes={len(classes) - found}."
                 )

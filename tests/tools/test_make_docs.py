@@ -96,7 +96,7 @@ def test_overview_takes_its_figures_from_the_result_files(repository: Path) -> N
     (repository / "docs" / "results.md").write_text("<!-- overview:figures -->\n<!-- /generated -->\n")
     (repository / "README.md").write_text("<!-- overview:methods -->\n<!-- /generated -->\n")
     readme = make_docs._rendered(repository / "README.md", repository)[1]
-    assert "| [Toy](mm_plugins/toy/README.md) | a toy | a set: x times ([all](mm_plugins/toy" in readme
+    assert "| a toy | a set: **x times**; a\\|b: 1.235 ([all](mm_plugins/toy/README.md#results)) |" in readme
     assert "nothing yet | not measured yet" in readme
     page = make_docs._rendered(repository / "docs" / "results.md", repository)[1]
     assert "| Toy | 37 (Table 1) | a set | x times | a\\|b: 1.235 | 2 seeds, 2 cores" in page

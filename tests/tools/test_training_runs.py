@@ -1,6 +1,7 @@
-"""Runs side by side: progress, failure, resume, reading of logs. The trained process is a stand-in that only
-logs;
-real trainings are in tests/mm_plugins."""
+"""Runs side by side: progress, failure, resume, reading of logs.
+
+The trained process is a stand-in that only logs; real trainings are in tests/mm_plugins.
+"""
 
 import json
 import sys

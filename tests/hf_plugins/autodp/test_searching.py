@@ -263,8 +263,7 @@ def test_playing_again_with_stored_scores_asks_the_same() -> None:
 
 def test_coverage_beats_cleverness_in_a_small_space() -> None:
     """The dossier's simulation: scores of 64 strategies with spread .12 and error .042; regret of the best
-    of 8 random
-    strategies is several times that of all 64."""
+    of 8 random strategies is several times that of all 64."""
     generator = random.Random(0)
     regret = {8: 0.0, 64: 0.0}
     for _ in range(300):

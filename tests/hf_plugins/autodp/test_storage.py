@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from hf_plugins.autodp.storage import META, Cache, Journal, only_search, settle_run, write_json
+from hf_plugins.autodp.storage import META, Cache, Journal, only_search, settle_run
 from tests.contract.rooms import ROOT
 
 TABLE = Dataset.from_dict({"a": [1, 2, 3]})
@@ -108,13 +107,6 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ValueError, match="away to start anew"):
         settle_run(tmp_path, {"seed": 1})
-
-
-def test_a_file_is_written_at_once(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"a": "é"})
-    write_json(tmp_path / "x.json", {"a": 2})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_two_processes_build_an_entry_once(tmp_path: Path) -> None:

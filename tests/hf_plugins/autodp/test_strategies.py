@@ -39,9 +39,8 @@ def test_all_64_cost_196_steps_or_64_with_prefixes() -> None:
 
 
 def test_mean_reuse_of_random_subsets() -> None:
-    """The dossier's expected factors for 8, 16, 24 random strategies: 1.34, 1.64, 1.90 (ratio of means,
-    400 draws
-    have a standard error below .01)."""
+    """The dossier's expected factors for 8, 16, 24 random strategies: 1.34, 1.64, 1.90 (ratio of means, 400
+    draws have a standard error below .01)."""
     generator = random.Random(0)
     for count, expected in ((8, 1.34), (16, 1.64), (24, 1.90)):
         runs = [team_runs(generator.sample(SPACE.all(), count)) for _ in range(400)]

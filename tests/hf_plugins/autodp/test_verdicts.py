@@ -109,8 +109,7 @@ def test_the_interval_holds_the_mean(values: list[float]) -> None:
 
 def test_stopping_gives_up_an_equal_strategy_at_most_at_the_stated_rate() -> None:
     """True score = incumbent: over 2,000 simulated runs at most 5 % stop (binomial error .005; limit .075
-    is 5 of
-    them away: false alarm below 1e-6)."""
+    is 5 of them away: false alarm below 1e-6)."""
     generator = np.random.default_rng(0)
     rule, stopped = StoppingRule(), 0
     for _ in range(2000):

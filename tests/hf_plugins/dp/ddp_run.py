@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from hf_plugins.process_group import leave_process_group
 from tests.hf_plugins.dp import tiny
 
 folder, size = sys.argv[1], int(sys.argv[2])
@@ -19,3 +20,4 @@ if run.is_world_process_zero():
     torch.save({"weights": tiny.weights(run.model), "epsilon": run.epsilon()}, f"{folder}/rank0.pt")
 else:
     torch.save({"weights": tiny.weights(run.model), "epsilon": run.epsilon()}, f"{folder}/rank1.pt")
+leave_process_group()

@@ -68,8 +68,7 @@ def test_rank_four_of_1024_hides_from_naive_only() -> None:
 @pytest.mark.parametrize("width", [256, 1024])
 def test_gaussian_hides_beyond_the_predicted_noise(width: int) -> None:
     """Nearest-row decoding falls through 50 % near ``sigma/s = sqrt(d / (2 ln V))``: the right row scores d
-    s^2,
-    the best of V wrong ones about ``s sigma sqrt(d) sqrt(2 ln V)``.
+    s^2, the best of V wrong ones about ``s sigma sqrt(d) sqrt(2 ln V)``.
 
     At 1/1.5 of that ratio and at 1.5 times it the share lies on either side of one half. 400 draws each; the
     shares are 0.99 and 0.05 or so, 15 standard deviations from 0.5: a false alarm is far below 1e-6.
@@ -98,8 +97,7 @@ def test_gaussian_scales_with_the_states() -> None:
 @pytest.mark.parametrize("eta", [2.0, 50.0])
 def test_dx_noise_has_the_length_it_promises(eta: float) -> None:
     """Gamma(d, 1/eta) has mean d/eta and spread sqrt(d)/eta: the mean of 4,000 is known to 0.2 % at d = 64,
-    so
-    2 % is ten standard deviations.
+    so 2 % is ten standard deviations.
     """
     noise = DxPrivacy(eta=eta)(torch.zeros(4000, 64), _generator())
     lengths = noise.norm(dim=1)

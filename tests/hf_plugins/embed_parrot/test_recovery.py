@@ -64,8 +64,7 @@ def test_rouge_l_agrees_with_the_full_table(a: list[str], b: list[str]) -> None:
 
 def test_bleu_by_hand() -> None:
     """Reference a b c d e, guess a b c d: precisions all 1, brevity exp(1 - 5/4). With a b x d: 3/4 of one,
-    1/3
-    of two, no three in a row: 0.
+    1/3 of two, no three in a row: 0.
     """
     assert bleu(["a b c d e"], ["a b c d"]) == pytest.approx(100 * math.exp(-0.25))
     assert bleu(["a b c d"], ["a b x d"]) == 0.0

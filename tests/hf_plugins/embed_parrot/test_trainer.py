@@ -166,8 +166,7 @@ def test_two_processes_equal_one(mixed: dict[str, Any], tmp_path: Path) -> None:
         found.append(EmbedParrot.from_pretrained(tmp_path / str(number) / "final"))
     for a, b in zip(found[0].parameters(), found[1].parameters(), strict=True):
         # Adam's first steps divide a gradient by its own size: differences of 1e-5 in gradients stay below
-        # 1e-4
-        # times the learning rate here.
+        # 1e-4 times the learning rate here.
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerControl, TrainerState
 
 from hf_plugins.decoder_layers import find_decoder_layers
 from hf_plugins.gradpruner import GradPrunerCallback, GradPrunerConfig
+from hf_plugins.process_group import leave_process_group
 from tests.hf_plugins import tiny_models
 from tests.hf_plugins.gradpruner.collected import arguments, rows, with_lora
 
@@ -71,6 +72,7 @@ def main(out: Path) -> None:
         (out / "scores.json").write_text(json.dumps(result))
     else:
         assert ddp.history is sharded.history is None
+    leave_process_group()
 
 
 if __name__ == "__main__":

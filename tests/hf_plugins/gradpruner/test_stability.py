@@ -27,8 +27,8 @@ def test_clear_scores_give_one_plan() -> None:
 
 def test_halves_that_disagree_are_told() -> None:
     """First half says layer 0, second half layer 1. Over all, the means are equal and layer 1 goes on ties;
-    a sample
-    has more of one half than of the other in most draws, so both frequencies lie well inside (0, 1)."""
+    a sample has more of one half than of the other in most draws, so both frequencies lie well inside (0,
+    1)."""
     scores = torch.tensor([[1.0, 2.0]] * 4 + [[2.0, 1.0]] * 4, dtype=torch.float64)
     found = plan_stability(scores, planner, generator=seeded())
     assert not found.halves_agree

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_plugins.gradpruner import GradientHistory, PruningPlan, plan_pruning, prune_model, storage
-from hf_plugins.gradpruner.storage import ScoreRecord, prune_checkpoint, read_scores, write_json
+from hf_plugins.gradpruner.storage import ScoreRecord, prune_checkpoint, read_scores
+from hf_plugins.whole_files import write_json
 from tests.hf_plugins import tiny_models
 
 

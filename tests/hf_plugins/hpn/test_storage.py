@@ -1,13 +1,12 @@
 """Anchors: bit-exact, as many files as said; states that a kill cannot tear."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_plugins.hpn.storage import AnchorTrajectory, load_state, save_state, weighted_mean, write_json
+from hf_plugins.hpn.storage import AnchorTrajectory, load_state, save_state, weighted_mean
 
 
 def _trajectory(num: int = 7) -> list[torch.Tensor]:
@@ -77,6 +76,4 @@ def test_states_are_replaced_as_a_whole(tmp_path: Path) -> None:
     found = load_state(path)
     assert found is not None
     assert found["b"] == {3: 0.5}
-    write_json(tmp_path / "x.json", {"a": 1})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
     assert not list(tmp_path.rglob("*.part"))

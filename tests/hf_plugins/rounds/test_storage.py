@@ -10,7 +10,6 @@ from hf_plugins.rounds.storage import (
     check_same_settings,
     load_checkpoint,
     save_checkpoint,
-    write_atomically,
     write_metrics,
 )
 
@@ -60,8 +59,6 @@ def test_settings_must_agree(tmp_path: Path) -> None:
         check_same_settings({"a": 1}, {"a": 2, "b": 0}, tmp_path)
 
 
-def test_metrics_and_plain_files(tmp_path: Path) -> None:
+def test_metrics(tmp_path: Path) -> None:
     write_metrics(tmp_path, [{"round": 1}, {"round": 2}])
     assert (tmp_path / "metrics.jsonl").read_text() == '{"round": 1}\n{"round": 2}\n'
-    write_atomically(tmp_path / "deep" / "x", b"1")
-    assert (tmp_path / "deep" / "x").read_bytes() == b"1"

@@ -163,10 +163,9 @@ def autodp(folder: Path) -> Names:
     tokenizer = AutoTokenizer.from_pretrained(folder / "path" / "to" / "writer")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     tokenizer.save_pretrained(folder / "path" / "to" / "writer")
-    # The default settings set 814 rows aside.
     table = [
         {"question": f"{question} ({number})", "answer": answer}
-        for number in range(32)
+        for number in range(2)
         for question, answer in tiny.PAIRS
     ]
     tiny.write_jsonl(folder / "rows.jsonl", table)

@@ -230,9 +230,6 @@ def run(name: str, seed: int, work: Path, wanted: Sequence[str], *, short: bool)
         "cache": work / f"cache-{name}-{seed}",
     }
 
-    def note() -> None:
-        write_json(path, found)
-
     for search in wanted:
         if search not in found["searches"]:
             folder = work / f"run-{name}-{seed}-{search}"
@@ -246,14 +243,14 @@ def run(name: str, seed: int, work: Path, wanted: Sequence[str], *, short: bool)
                 "seconds": result["seconds"],
                 "counts": result["counts"],
             }
-            note()
+            write_json(path, found)
     # Each step alone and each choice: fresh seed, test questions.
     tuner = AutoDP(model, base, **common)
     keys = {entry["chosen"] for entry in found["searches"].values()} | set(Space().names)
     for key in sorted(keys - {"identity"} - set(found["test"])):
         strategy = Space().strategy(key.split(">"))
         found["test"][key] = tuner.confirm(strategy, rows, work / f"run-{name}-{seed}-test", **held)
-        note()
+        write_json(path, found)
 
 
 def transfer(name: str, work: Path, *, short: bool) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from hf_plugins.dp import DPConfig
 from hf_plugins.dpnas.dataset import load_images
 from hf_plugins.dpnas.model import DPNASNetConfig, DPNASNetForImageClassification
 from hf_plugins.dpnas.trainer import ImageRecords, make_trainer
+from hf_plugins.whole_files import write_json
 from tools.real_data import data_set
 
 # data set -> (folder, preset, evaluation files, the paper's accuracy at epsilon 3, note)
@@ -152,9 +153,7 @@ def train_once(name: str, arm: str, seed: int, folder: Path, options: argparse.N
         "minutes": (time.process_time() - start) / 60,
         "resumed": bool(last),
     }
-    part = kept.with_suffix(".part")
-    part.write_text(json.dumps(result), encoding="utf-8")
-    part.replace(kept)
+    write_json(kept, result)
     return result
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.record import RESULTS, write_result
 from hf_plugins.embed_parrot import LeakScanConfig, render_page, scan
+from hf_plugins.whole_files import write_json
 from tools.real_data import ROOT, data_set, minilm, read_rows, read_text
 
 SEEDS = (0, 1, 2)
@@ -180,9 +181,7 @@ def run_job(name: str, job: Mapping[str, Any], work: Path, small_lm: Path) -> di
     )
     report["label"] = label_of(job["model"], small_lm)
     (work / name / "report.html").write_text(render_page(report), encoding="utf-8")
-    part = done.with_suffix(".part")
-    part.write_text(json.dumps(report), encoding="utf-8")
-    part.replace(done)
+    write_json(done, report)
     return report
 
 

@@ -35,6 +35,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
+from hf_plugins.whole_files import write_json  # noqa: E402
 from tools.real_data import data_set, read_rows, read_text  # noqa: E402
 
 END = "<|endoftext|>"
@@ -215,9 +216,7 @@ def pretrain(
         "heldout_perplexity": loss,
         "heldout_accuracy": accuracy,
     }
-    part = note.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(note)
+    write_json(note, record)
     shutil.rmtree(work)
     return folder
 

@@ -20,7 +20,7 @@ from hf_plugins.dpnas.controller import Baseline, Controller, reinforce_loss
 from hf_plugins.dpnas.genotypes import Genotype
 from hf_plugins.dpnas.path_step import clipped_gradient_sum, noised_mean, noisy_accuracy, poisson_batch
 from hf_plugins.dpnas.supernet import Supernet, forget_inactive_
-from hf_plugins.whole_files import write_json
+from hf_plugins.whole_files import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -235,9 +235,8 @@ class DPNASSearch:
             "ledgers": {name: ledger.state_dict() for name, ledger in self.ledgers.items()},
             "journal": self.journal,
         }
-        part = folder / f"{STATE}.part"
-        torch.save(state, part)
-        part.replace(folder / STATE)
+        with replacing(folder / STATE) as part, part.open("wb") as file:
+            torch.save(state, file)
 
     def load(self, folder: Path) -> None:
         """Go on from the state in ``folder``; without one nothing happens.

@@ -154,7 +154,7 @@ def dpf_cm(folder: Path) -> Names:
 
 def autodp(folder: Path) -> Names:
     """Rows, a tiny model to tune and one to write, where the snippet says they are."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     from tests.hf_plugins.autodp import tiny
 
@@ -163,6 +163,10 @@ def autodp(folder: Path) -> Names:
     tokenizer = AutoTokenizer.from_pretrained(folder / "path" / "to" / "writer")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     tokenizer.save_pretrained(folder / "path" / "to" / "writer")
+    # Any token ends its answer: hundreds of them are asked for, and an untrained model has nothing to say.
+    GenerationConfig(eos_token_id=list(range(len(tokenizer)))).save_pretrained(
+        folder / "path" / "to" / "writer"
+    )
     table = [
         {"question": f"{question} ({number})", "answer": answer}
         for number in range(2)

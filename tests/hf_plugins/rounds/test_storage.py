@@ -25,7 +25,7 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
 
 def test_half_written_file_is_ignored(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"round_index": 1})
-    (tmp_path / "checkpoint.pt.part").write_bytes(b"half")
+    (tmp_path / ".checkpoint.pt.0123456789ab.part").write_bytes(b"half")
     state = load_checkpoint(tmp_path)
     assert state is not None
     assert state["round_index"] == 1

@@ -32,8 +32,9 @@ from hf_plugins.data_ops.text import tokens
 from hf_plugins.dpf_cm import trainer
 from hf_plugins.dpf_cm.config import PPVDConfig
 from hf_plugins.dpf_cm.dataset import DIALOGUE, read_sources
-from hf_plugins.dpf_cm.metric import evaluate_guard
-from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample, answer_ids, prompt_ids, search_memory
+from hf_plugins.dpf_cm.hook import answer_ids, prompt_ids
+from hf_plugins.dpf_cm.metric import evaluate_guard, search_memory
+from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample
 from tools.real_data import ROOT, data_set
 
 WORK = ROOT / "work_dirs" / "dpf_cm_runs"

@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     from hf_plugins.dpf_cm.agent import Pipeline
     from hf_plugins.dpf_cm.calibration import CalibrationError
     from hf_plugins.dpf_cm.config import PPVDConfig, RecipeConfig
-    from hf_plugins.dpf_cm.metric import evaluate_guard
-    from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample, search_memory
+    from hf_plugins.dpf_cm.metric import evaluate_guard, search_memory
+    from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample
     from hf_plugins.dpf_cm.server import GuardProxy
 
 __all__ = [
@@ -30,7 +30,7 @@ _PLACES = {
     "RecipeConfig": "config",
     "Sample": "model",
     "evaluate_guard": "metric",
-    "search_memory": "model",
+    "search_memory": "metric",
 }
 
 

@@ -218,7 +218,8 @@ def _ppvd(args: argparse.Namespace) -> int:
             file.write(secrets.token_bytes(32))
         print(f"{args.file}: 32 bytes; keep it away from the guard's folder")
         return 0
-    from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, search_memory
+    from hf_plugins.dpf_cm.metric import search_memory
+    from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB
 
     key = Path(args.key_file).read_bytes() if args.key_file else None
     options = _options(args) if args.action == "build" else None

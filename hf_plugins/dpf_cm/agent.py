@@ -35,8 +35,9 @@ from hf_plugins.data_ops.preference import (
 from hf_plugins.dpf_cm import trainer
 from hf_plugins.dpf_cm.config import STAGES, PPVDConfig, RecipeConfig
 from hf_plugins.dpf_cm.dataset import read_sources
-from hf_plugins.dpf_cm.metric import evaluate_guard
-from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample, StateReader, search_memory
+from hf_plugins.dpf_cm.hook import StateReader
+from hf_plugins.dpf_cm.metric import evaluate_guard, search_memory
+from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample
 from hf_plugins.dpf_cm.page import render_page
 from hf_plugins.whole_files import write_json, write_text
 

@@ -1,11 +1,9 @@
-"""The guard in front of a model: search its memory, key its own states, replace what it must not say."""
+"""The guard in front of a model: key its own states, replace what it must not say."""
 
 import dataclasses
-import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from hf_plugins.data_ops.op import digest
-from hf_plugins.data_ops.text import tokens as words
-from hf_plugins.decoder_layers import find_decoder_layers
 from hf_plugins.dpf_cm.answer_grams import AnswerGrams, Gram
 from hf_plugins.dpf_cm.calibration import Calibration, calibrate
 from hf_plugins.dpf_cm.config import PPVDConfig
+from hf_plugins.dpf_cm.hook import StateReader, answer_ids, content_mask, prompt_ids
 from hf_plugins.dpf_cm.keys import (
     Whitening,
     best_match,
@@ -31,7 +28,6 @@ from hf_plugins.dpf_cm.keys import (
     sign_projection,
     sketch,
 )
-from hf_plugins.dpf_cm.rouge import RunningLCS, rouge_l
 from hf_plugins.dpf_cm.storage import Rows, VectorStore, open_store
 from hf_plugins.whole_files import replacing, write_json
 
@@ -50,322 +46,12 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Memorised:
-    """Outcome of the memory search for one sample."""
-
-    id: str
-    rouge: float
-    """ROUGE-L of the greedy answer with the private one; an upper bound where decoding stopped early."""
-    output: str
-    memorised: bool
-
-
-@dataclass(frozen=True)
 class Match:
     """A prompt that hit a key."""
 
     sample: str
     slot: int
     cosine: float
-
-
-# --- text to tokens ----------------------------------------------------------------------------------------
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Tokens of a question as the model is asked: through the chat template if there is one."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt)["input_ids"]
-    chat = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def answer_ids(tokenizer: Any, answer: str) -> list[int]:
-    """Tokens of an answer."""
-    return tokenizer(answer, add_special_tokens=False)["input_ids"]
-
-
-def _content(ids_BT: Tensor, special: Tensor) -> Tensor:
-    """1 where a token is no special token (padding and template marks are special)."""
-    return (~torch.isin(ids_BT.cpu(), special)).long()
-
-
-class _Stop(Exception):  # noqa: N818
-    """Ends a forward pass behind the layer that was wanted."""
-
-
-class StateReader:
-    """Pooled hidden states of one layer.
-
-    Args:
-        model: A decoder-only language model; wrappers of PEFT and DDP are looked through.
-        tokenizer: Its tokenizer.
-        layer: Which layer's output; None is the middle one.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, layer: int | None = None) -> None:
-        inner = getattr(model, "module", model)
-        base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-        self.layers = find_decoder_layers(base).modules
-        count = len(self.layers)
-        self.layer = count // 2 if layer is None else layer
-        if not 0 <= self.layer < count:
-            raise ValueError(
-                f"layer must lie in [0, {count - 1}]; got {layer}. This model has {count} layers."
-            )
-        self.model, self.base, self.tokenizer = model, base, tokenizer
-        self.special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
-        self.width = base.config.get_text_config().hidden_size
-
-    def fingerprint(self) -> str:
-        """Hash of the weights that make the keys: a slice of every tensor up to the layer."""
-        whole = hashlib.sha256(str(self.layer).encode())
-        parts = [self.base.get_input_embeddings(), *self.layers[: self.layer + 1]]
-        for part in parts:
-            for name, tensor in sorted(part.state_dict().items()):
-                whole.update(name.encode() + str(tuple(tensor.shape)).encode())
-                whole.update(tensor.detach().flatten()[:4096].float().cpu().numpy().tobytes())
-        return whole.hexdigest()[:32]
-
-    @contextmanager
-    def tapped(self, keep: Callable[[Tensor], None]) -> Iterator[None]:
-        """Hand every output of the layer to ``keep`` while active."""
-
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            keep(output[0] if isinstance(output, tuple) else output)
-
-        handle = self.layers[self.layer].register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @torch.no_grad()
-    def means(
-        self, rows: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], *, batch_size: int = 8
-    ) -> list[Tensor]:
-        """Means of prefixes of token rows; layers behind the wanted one do not run.
-
-        Args:
-            rows: Token ids, unpadded.
-            ends: Prefix ends of each row.
-            batch_size: Rows at once.
-
-        Returns:
-            For each row a tensor (number of its ends, H), fp32, on the CPU.
-        """
-        device = next(self.base.parameters()).device
-        training, self_mode = self.base.training, self.base.eval()
-        found: list[Tensor] = [torch.zeros(0)] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        kept: list[Tensor] = []
-
-        def keep(hidden: Tensor) -> None:
-            kept.append(hidden)
-            raise _Stop
-
-        try:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                width, most = max(len(rows[i]) for i in batch), max(len(ends[i]) for i in batch)
-                ids = torch.zeros(len(batch), width, dtype=torch.long)
-                seen = torch.zeros_like(ids)
-                stops = torch.zeros(len(batch), most, dtype=torch.long)
-                for place, i in enumerate(batch):
-                    ids[place, : len(rows[i])] = torch.tensor(rows[i], dtype=torch.long)
-                    seen[place, : len(rows[i])] = 1
-                    stops[place, : len(ends[i])] = torch.tensor(ends[i], dtype=torch.long)
-                kept.clear()
-                with self.tapped(keep):
-                    try:
-                        self_mode(input_ids=ids.to(device), attention_mask=seen.to(device), use_cache=False)
-                    except _Stop:
-                        pass
-                mask = _content(ids, self.special) * seen
-                means = prefix_means(kept[0], mask, stops).cpu()
-                for place, i in enumerate(batch):
-                    found[i] = means[place, : len(ends[i])]
-        finally:
-            self.base.train(training)
-        return found
-
-
-# --- stage 1: memory search --------------------------------------------------------------------------------
-
-
-class _Hopeless(StoppingCriteria):
-    """Ends a row that cannot reach the threshold any more; exact, no sample is lost."""
-
-    def __init__(
-        self, tokenizer: Any, answers: Sequence[Sequence[str]], start: int, threshold: float
-    ) -> None:
-        self.tokenizer, self.answers, self.start, self.threshold = tokenizer, answers, start, threshold
-        self.bound = [1.0] * len(answers)
-        self._calls = 0
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._calls += 1
-        if self._calls % 4 == 0:
-            for row, answer in enumerate(self.answers):
-                if self.bound[row] > self.threshold:
-                    text = self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True)
-                    # The last word may still grow, and a cut character may still become another.
-                    running = RunningLCS(answer)
-                    for token in words(text)[:-2]:
-                        running.push(token)
-                    self.bound[row] = running.reachable()
-        done = [bound <= self.threshold for bound in self.bound]
-        return torch.tensor(done, device=input_ids.device)
-
-
-@torch.no_grad()
-def search_memory(
-    model: Any,
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    *,
-    threshold: float = 0.85,
-    screen: float | None = None,
-    early_exit: bool = True,
-    batch_size: int = 8,
-    extra_tokens: int = 16,
-    journal: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Memorised]:
-    """Find the samples whose answer the model repeats: greedy decoding, ROUGE-L strictly above a threshold.
-
-    Tokens of ROUGE-L are characters in Chinese and words elsewhere.
-
-    Args:
-        model: The fine-tuned model.
-        tokenizer: Its tokenizer.
-        samples: Private samples.
-        threshold: ROUGE-L above which a sample is memorised.
-        screen: Skip samples whose answer tokens agree with the model's teacher-forced argmax in a smaller
-            share than this (one forward pass instead of a decoding; 0.5 is safe for verbatim memory); None
-            decodes all.
-        early_exit: Stop a row once no continuation can pass the threshold; changes no verdict.
-        batch_size: Samples decoded together.
-        extra_tokens: Tokens allowed beyond the answer's length.
-        journal: File that remembers finished samples, so that a killed search goes on.
-        progress: Told (done, total).
-
-    Returns:
-        One result a sample, in order.
-
-    Raises:
-        ValueError: If ids repeat.
-
-    Source: DPF-CM, arXiv 2509.01354, stage 1.
-    """
-    if len({sample.id for sample in samples}) != len(samples):
-        raise ValueError(
-            "samples need ids of their own; some repeat. Hash prompt and answer if there is no other id."
-        )
-    found = _read_journal(journal, threshold)
-    todo = [sample for sample in samples if sample.id not in found]
-    if screen is not None and todo:
-        shares = _agreement(model, tokenizer, todo, batch_size)
-        for sample, share in zip(todo, shares, strict=True):
-            if share < screen:
-                found[sample.id] = Memorised(sample.id, 0.0, "", False)
-        todo = [sample for sample in todo if sample.id not in found]
-    # Answers of like length together: a batch decodes as long as its longest.
-    todo.sort(key=lambda sample: len(sample.answer))
-    for start in range(0, len(todo), batch_size):
-        batch = todo[start : start + batch_size]
-        for result in _decode(model, tokenizer, batch, threshold, early_exit, extra_tokens):
-            found[result.id] = result
-            if journal is not None:
-                _append(journal, dataclasses.asdict(result) | {"threshold": threshold})
-        if progress:
-            progress(len(samples) - len(todo) + min(start + batch_size, len(todo)), len(samples))
-    return [found[sample.id] for sample in samples]
-
-
-def _decode(
-    model: Any, tokenizer: Any, batch: Sequence[Sample], threshold: float, early_exit: bool, extra: int
-) -> list[Memorised]:
-    rows = [prompt_ids(tokenizer, sample.prompt) for sample in batch]
-    limits = [len(answer_ids(tokenizer, sample.answer)) + extra for sample in batch]
-    ids, mask = _left_pad(rows, tokenizer, next(model.parameters()).device)
-    answers = [words(sample.answer) for sample in batch]
-    hopeless = _Hopeless(tokenizer, answers, ids.shape[1], threshold)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max(limits),
-        pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([hopeless] if early_exit else []),
-    )
-    results = []
-    for place, (sample, limit) in enumerate(zip(batch, limits, strict=True)):
-        text = tokenizer.decode(out[place, ids.shape[1] :][:limit], skip_special_tokens=True)
-        if hopeless.bound[place] <= threshold:
-            results.append(Memorised(sample.id, hopeless.bound[place], text, False))
-        else:
-            score = rouge_l(words(text), answers[place])
-            results.append(Memorised(sample.id, score, text, score > threshold))
-    return results
-
-
-def _left_pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: Any) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-        mask[place, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _agreement(model: Any, tokenizer: Any, samples: Sequence[Sample], batch_size: int) -> list[float]:
-    """Share of answer tokens that are the argmax under teacher forcing."""
-    found = []
-    device = next(model.parameters()).device
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        pairs = [(prompt_ids(tokenizer, s.prompt), answer_ids(tokenizer, s.answer)) for s in batch]
-        ids, mask = _left_pad([p + a for p, a in pairs], tokenizer, device)
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        right = (
-            model(input_ids=ids, attention_mask=mask, position_ids=position).logits[:, :-1].argmax(-1)
-            == ids[:, 1:]
-        )
-        found += [
-            right[place, right.shape[1] - len(answer) :].float().mean().item() if answer else 0.0
-            for place, (_, answer) in enumerate(pairs)
-        ]
-    return found
-
-
-def _read_journal(path: str | Path | None, threshold: float) -> dict[str, Memorised]:
-    if path is None or not Path(path).is_file():
-        return {}
-    found = {}
-    for line in Path(path).read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            # The last line of a killed run may be cut; its sample is decoded again.
-            continue
-        if row.pop("threshold") == threshold:
-            found[row["id"]] = Memorised(**row)
-    return found
-
-
-def _append(path: str | Path, row: dict[str, Any]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("a", encoding="utf-8") as file:
-        # A cut last line must not swallow this one.
-        file.write(("\n" if file.tell() else "") + json.dumps(row, ensure_ascii=True))
-        file.flush()
-
-
-# --- stages 2 to 4: the database and the guard -------------------------------------------------------------
 
 
 class PrivacyPreservingVectorDB:
@@ -809,7 +495,9 @@ class PPVDLogitsProcessor(LogitsProcessor):
                 "without chunked prefill."
             )
         repeat = input_ids.shape[0] // self.mask.shape[0]
-        mask = self.mask.repeat_interleave(repeat, 0).cpu() * _content(input_ids, self.guard.reader.special)
+        mask = self.mask.repeat_interleave(repeat, 0).cpu() * content_mask(
+            input_ids, self.guard.reader.special
+        )
         ends = torch.full((input_ids.shape[0], 1), input_ids.shape[1])
         self.matches = self.guard.match_states(prefix_means(self._hidden, mask, ends)[:, 0])
         self._start = input_ids.shape[1]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from hf_plugins.dpf_cm.model import Sample, answer_ids, prompt_ids
+from hf_plugins.dpf_cm.hook import answer_ids, prompt_ids
+from hf_plugins.dpf_cm.model import Sample
 from tests.hf_plugins.data_ops import tiny
 
 _NAMES = ("张伟", "王芳", "李娜", "刘洋", "陈静", "杨磊", "赵敏", "黄强", "周婷", "吴军", "徐丽", "孙涛")

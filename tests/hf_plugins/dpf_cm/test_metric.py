@@ -1,9 +1,14 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from hf_plugins.dpf_cm import metric
 from hf_plugins.dpf_cm.config import PPVDConfig
-from hf_plugins.dpf_cm.metric import attacks, evaluate_guard, leakage
-from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, answer_ids, prompt_ids
-from tests.hf_plugins.dpf_cm.memorised import BENIGN, LOOKALIKE, PRIVATE, model, tokenizer
+from hf_plugins.dpf_cm.hook import answer_ids, prompt_ids
+from hf_plugins.dpf_cm.metric import attacks, evaluate_guard, leakage, search_memory
+from hf_plugins.dpf_cm.model import PrivacyPreservingVectorDB, Sample
+from tests.hf_plugins.dpf_cm.memorised import BENIGN, LOOKALIKE, PRIVATE, model, stranger, tokenizer
 
 
 def test_leakage_by_hand() -> None:
@@ -55,3 +60,63 @@ def test_report_counts_what_the_guard_does() -> None:
     assert 0.5 < report["roc"]["area"] <= 1.0
     assert told[-1] == (7, 7)
     assert evaluate_guard(guard, PRIVATE, {"seen": BENIGN[:8]}, max_new_tokens=48, memo=memo) == report
+
+
+def test_search_finds_all_of_a_memory_and_none_of_a_stranger(tmp_path: Path) -> None:
+    found = search_memory(model(), tokenizer(), PRIVATE, journal=tmp_path / "j")
+    assert [m.memorised for m in found] == [True] * len(PRIVATE)
+    assert [m.rouge for m in found] == [1.0] * len(PRIVATE)
+    assert [m.id for m in found] == [s.id for s in PRIVATE]
+    assert not any(m.memorised for m in search_memory(stranger(), tokenizer(), PRIVATE))
+
+
+def test_threshold_is_strict() -> None:
+    """ROUGE-L 1 is not above 1."""
+    assert not any(m.memorised for m in search_memory(model(), tokenizer(), PRIVATE[:2], threshold=1.0))
+
+
+def test_early_exit_and_screen_change_no_verdict() -> None:
+    """Half of the answers are swapped: those are not memorised, the others are, whatever is skipped."""
+    mixed = [
+        Sample(s.id, s.prompt, PRIVATE[(i + 1) % 8].answer if i % 2 else s.answer)
+        for i, s in enumerate(PRIVATE)
+    ]
+    mixed.append(Sample("new", "完全没有见过的问题", "完全没有见过的回答内容，和别的都不一样。"))
+    full = search_memory(model(), tokenizer(), mixed, early_exit=False)
+    verdicts = [m.memorised for m in full]
+    assert verdicts == [True, False] * 4 + [False]
+    early = search_memory(model(), tokenizer(), mixed)
+    assert [m.memorised for m in early] == verdicts
+    assert all(a.rouge >= b.rouge - 1e-12 for a, b in zip(early, full, strict=True))
+    screened = search_memory(model(), tokenizer(), mixed, screen=0.5)
+    assert [m.memorised for m in screened] == verdicts
+
+
+def test_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "j.jsonl"
+    done = search_memory(model(), tokenizer(), PRIVATE[:4], journal=journal)
+    # A line that was cut by the kill.
+    journal.write_text(journal.read_text()[:-20])
+    decoded: list[str] = []
+    original = metric._decode
+
+    def counted(m: Any, t: Any, batch: Any, *rest: Any) -> Any:
+        decoded.extend(s.id for s in batch)
+        return original(m, t, batch, *rest)
+
+    monkeypatch.setattr(metric, "_decode", counted)
+    told: list[tuple[int, int]] = []
+    found = search_memory(model(), tokenizer(), PRIVATE, journal=journal, progress=lambda *w: told.append(w))
+    assert len(decoded) == 5
+    assert found[:4] == done
+    assert told[-1] == (8, 8)
+    search_memory(model(), tokenizer(), PRIVATE, journal=journal)
+    assert len(decoded) == 5
+    # Another threshold is another question.
+    search_memory(model(), tokenizer(), PRIVATE[:1], journal=journal, threshold=0.9)
+    assert len(decoded) == 6
+
+
+def test_repeated_ids() -> None:
+    with pytest.raises(ValueError, match="samples need ids of their own; some repeat"):
+        search_memory(model(), tokenizer(), [PRIVATE[0], PRIVATE[0]])

@@ -9,16 +9,9 @@ import torch
 from hf_plugins.dpf_cm import model as room
 from hf_plugins.dpf_cm.calibration import CalibrationError
 from hf_plugins.dpf_cm.config import PPVDConfig
+from hf_plugins.dpf_cm.hook import answer_ids, left_pad, prompt_ids
 from hf_plugins.dpf_cm.keys import sign_projection, sketch
-from hf_plugins.dpf_cm.model import (
-    PPVDLogitsProcessor,
-    PrivacyPreservingVectorDB,
-    Sample,
-    StateReader,
-    answer_ids,
-    prompt_ids,
-    search_memory,
-)
+from hf_plugins.dpf_cm.model import PPVDLogitsProcessor, PrivacyPreservingVectorDB
 from hf_plugins.dpf_cm.rouge import rouge_l
 from tests.hf_plugins.dpf_cm import memorised
 from tests.hf_plugins.dpf_cm.memorised import BENIGN, LOOKALIKE, PRIVATE, model, stranger, tokenizer
@@ -42,7 +35,7 @@ def guard() -> PrivacyPreservingVectorDB:
 
 
 def padded(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    return room._left_pad([prompt_ids(tokenizer(), p) for p in prompts], tokenizer(), "cpu")
+    return left_pad([prompt_ids(tokenizer(), p) for p in prompts], tokenizer(), "cpu")
 
 
 def texts(out: torch.Tensor, start: int) -> list[str]:
@@ -59,126 +52,6 @@ def plain(prompts: list[str], **options: Any) -> torch.Tensor:
 def guarded(guard: PrivacyPreservingVectorDB, prompts: list[str], **options: Any) -> torch.Tensor:
     ids, mask = padded(prompts)
     return guard.generate(ids, mask, **({"do_sample": False, "max_new_tokens": 40} | options))
-
-
-# --- memory search
-
-
-def test_search_finds_all_of_a_memory_and_none_of_a_stranger(tmp_path: Path) -> None:
-    found = search_memory(model(), tokenizer(), PRIVATE, journal=tmp_path / "j")
-    assert [m.memorised for m in found] == [True] * len(PRIVATE)
-    assert [m.rouge for m in found] == [1.0] * len(PRIVATE)
-    assert [m.id for m in found] == [s.id for s in PRIVATE]
-    assert not any(m.memorised for m in search_memory(stranger(), tokenizer(), PRIVATE))
-
-
-def test_threshold_is_strict() -> None:
-    """ROUGE-L 1 is not above 1."""
-    assert not any(m.memorised for m in search_memory(model(), tokenizer(), PRIVATE[:2], threshold=1.0))
-
-
-def test_early_exit_and_screen_change_no_verdict() -> None:
-    """Half of the answers are swapped: those are not memorised, the others are, whatever is skipped."""
-    mixed = [
-        Sample(s.id, s.prompt, PRIVATE[(i + 1) % 8].answer if i % 2 else s.answer)
-        for i, s in enumerate(PRIVATE)
-    ]
-    mixed.append(Sample("new", "完全没有见过的问题", "完全没有见过的回答内容，和别的都不一样。"))
-    full = search_memory(model(), tokenizer(), mixed, early_exit=False)
-    verdicts = [m.memorised for m in full]
-    assert verdicts == [True, False] * 4 + [False]
-    early = search_memory(model(), tokenizer(), mixed)
-    assert [m.memorised for m in early] == verdicts
-    assert all(a.rouge >= b.rouge - 1e-12 for a, b in zip(early, full, strict=True))
-    screened = search_memory(model(), tokenizer(), mixed, screen=0.5)
-    assert [m.memorised for m in screened] == verdicts
-
-
-def test_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = tmp_path / "j.jsonl"
-    done = search_memory(model(), tokenizer(), PRIVATE[:4], journal=journal)
-    # A line that was cut by the kill.
-    journal.write_text(journal.read_text()[:-20])
-    decoded: list[str] = []
-    original = room._decode
-
-    def counted(m: Any, t: Any, batch: Any, *rest: Any) -> Any:
-        decoded.extend(s.id for s in batch)
-        return original(m, t, batch, *rest)
-
-    monkeypatch.setattr(room, "_decode", counted)
-    told: list[tuple[int, int]] = []
-    found = search_memory(model(), tokenizer(), PRIVATE, journal=journal, progress=lambda *w: told.append(w))
-    assert len(decoded) == 5
-    assert found[:4] == done
-    assert told[-1] == (8, 8)
-    search_memory(model(), tokenizer(), PRIVATE, journal=journal)
-    assert len(decoded) == 5
-    # Another threshold is another question.
-    search_memory(model(), tokenizer(), PRIVATE[:1], journal=journal, threshold=0.9)
-    assert len(decoded) == 6
-
-
-def test_repeated_ids() -> None:
-    with pytest.raises(ValueError, match="samples need ids of their own; some repeat"):
-        search_memory(model(), tokenizer(), [PRIVATE[0], PRIVATE[0]])
-
-
-# --- states
-
-
-def test_padding_does_not_move_a_state() -> None:
-    """Left padding in generate, right padding in the reader, none at all: the same key within 1e-4."""
-    reader = StateReader(model(), tokenizer())
-    rows = [prompt_ids(tokenizer(), p) for p in ("短", PRIVATE[0].prompt)]
-    together = reader.means(rows, [[len(r)] for r in rows])
-    alone = [reader.means([r], [[len(r)]])[0] for r in rows]
-    for a, b in zip(together, alone, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-    ids, mask = padded(["短", PRIVATE[0].prompt])
-    kept: list[torch.Tensor] = []
-    with reader.tapped(kept.append), torch.no_grad():
-        model().generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
-    content = mask * room._content(ids, reader.special)
-    left = room.prefix_means(kept[0], content, torch.tensor([[ids.shape[1]]] * 2))
-    for i in range(2):
-        torch.testing.assert_close(left[i], alone[i], atol=1e-4, rtol=0)
-
-
-def test_state_is_that_of_the_layer_and_causal() -> None:
-    reader = StateReader(model(), tokenizer(), layer=0)
-    ids = torch.tensor(
-        [prompt_ids(tokenizer(), PRIVATE[0].prompt) + answer_ids(tokenizer(), PRIVATE[0].answer)]
-    )
-    with torch.no_grad():
-        states = model()(input_ids=ids, output_hidden_states=True).hidden_states[1][0]
-    keep = room._content(ids, reader.special)[0].bool()
-    short = len(prompt_ids(tokenizer(), PRIVATE[0].prompt))
-    found = reader.means(ids.tolist(), [[short, ids.shape[1]]])[0]
-    torch.testing.assert_close(found[1], states[keep].mean(0), atol=1e-5, rtol=1e-4)
-    # The prefix inside the whole text has the state of the prefix alone.
-    alone = reader.means([ids[0, :short].tolist()], [[short]])[0]
-    torch.testing.assert_close(found[0], alone[0], atol=1e-5, rtol=1e-4)
-
-
-def test_layer_must_exist() -> None:
-    with pytest.raises(ValueError, match=r"layer must lie in \[0, .*1\]; got 5. This model has 2 layers"):
-        StateReader(model(), tokenizer(), 5)
-
-
-def test_reader_leaves_the_model_as_it_was() -> None:
-    net = model()
-    net.train()
-    try:
-        hooks = [len(m._forward_hooks) for m in net.modules()]
-        StateReader(net, tokenizer()).means([[5, 6]], [[2]])
-        assert net.training
-        assert [len(m._forward_hooks) for m in net.modules()] == hooks
-    finally:
-        net.eval()
-
-
-# --- the guard
 
 
 def test_exact_prompts_match_with_cosine_one(guard: PrivacyPreservingVectorDB) -> None:
